@@ -1,0 +1,112 @@
+"""The real `hydra.main` under `transfer run`: its flags, sweeps, launchers and completion all work. What is added here: the
+schema, the groups `source` and `target` that both read `dataset/`, torchvision's names as backbones, the user's own folder
+before the packaged one, and errors in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from transfer_cli.backbones.torchvision_names import TORCHVISION_NAMES
+from transfer_cli.config.folders import config_folders, names_in, packaged_folder
+from transfer_cli.config.schema import Config
+from transfer_cli.errors import TransferError, suggest
+
+
+class OwnFolderFirst(SearchPathPlugin):
+    """Hydra appends a user's folder, where a file of a packaged name would be ignored; this puts it before."""
+
+    folders: Sequence[Path] = ()
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(self.folders):
+            search_path.prepend(provider="transfer-user", path=f"file://{folder}")
+
+
+def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> None:
+    """Compose the configuration from `arguments` and call `task` with it, once or, under -m, for every job.
+
+    Raises:
+        TransferError: for what the user can mend in the configuration.
+    """
+    folders = config_folders(arguments)
+    OwnFolderFirst.folders = folders[:-1]
+    Plugins.instance().register(OwnFolderFirst)
+    _store_schema(folders)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands errors on instead of printing them
+    sys.argv = ["transfer run", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(packaged_folder()), config_name="config")(task)()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        explained = explain(error, folders)
+        if explained is None:
+            raise
+        raise TransferError(explained) from error
+
+
+def _store_schema(folders: Sequence[Path]) -> None:
+    store = ConfigStore.instance()
+    store.store(name="base_schema", node=Config)
+    for name in names_in("dataset", folders):
+        for group in ("source", "target"):
+            store.store(group=group, name=name, node={"defaults": [{"/dataset@_here_": name}]})
+    own_backbones = names_in("backbone", folders)
+    for name in TORCHVISION_NAMES:
+        if name not in own_backbones:
+            store.store(group="backbone", name=name, node={"defaults": ["torchvision", "_self_"], "model": name})
+
+
+def explain(error: BaseException, folders: Sequence[Path]) -> str | None:
+    """One line for an error of the configuration; None for an error that is not the user's."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    for link in chain:
+        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
+            return _missing(str(link.missing_cfg_file), link.options or ())
+        if isinstance(link, yaml.YAMLError):
+            where = getattr(link, "problem_mark", None)
+            return f"not valid YAML: {getattr(link, 'problem', link)}{f' in {where.name}, line {where.line + 1}' if where else ''}"
+    inner = chain[-1]
+    if isinstance(inner, OmegaConfBaseException):
+        return _bad_key(inner, chain)
+    if isinstance(error, HydraException):
+        return str(error).splitlines()[0]
+    return None
+
+
+def _missing(path: str, options: Sequence[str]) -> str:
+    group, _, name = path.rpartition("/")
+    group = group.removeprefix("/") or "config"
+    if group == "dataset":
+        group = "dataset"
+    return f"no {group} named '{name}'.{suggest(name, options)} `transfer list {group}` shows all."
+
+
+def _bad_key(error: OmegaConfBaseException, chain: Sequence[BaseException]) -> str:
+    message = str(error.msg or error).splitlines()[0]
+    key = str(error.full_key or error.key or "")
+    siblings: Sequence[str] = ()
+    parent = error.parent_node
+    if parent is not None and hasattr(parent, "keys"):
+        siblings = [str(k) for k in parent.keys() if k is not None]  # noqa: SIM118 - a DictConfig
+    override = re.search(r"Could not override '([^']+)'", " ".join(str(c) for c in chain))
+    key = override.group(1) if override else key
+    if "not in struct" in message or "not in" in message:
+        return f"there is no key '{key}'.{suggest(key.rpartition('.')[2], siblings)}"
+    return f"{key}: {message}" if key else message

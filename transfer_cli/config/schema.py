@@ -1,0 +1,146 @@
+"""The typed configuration: every key outside the components' own, with its default.
+
+A run's identity covers the values that differ from these defaults (`identity.py`), so a new key with a
+default that changes nothing leaves old runs valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transfer_cli.errors import TransferError, check_choice
+
+PROTOCOLS = ("inductive", "transductive")
+LABEL_SPACES = ("closed", "partial", "open", "separate")
+PRECISIONS = ("32", "bf16", "16")
+STORAGE = ("auto", "memory", "files", "decoded")
+DOMAIN_BATCHES = ("joint", "separate")
+
+
+@dataclass
+class Image:
+    """How the images of both domains are brought to one shape; `auto` states its choice in the run's first lines."""
+
+    size: Any = "auto"  # auto | pixels: the backbone's own size, else the larger of the two domains'
+    channels: Any = "auto"  # auto | 1 | 3: the backbone's own, else the larger of the two domains'
+    storage: str = "auto"  # auto | memory | files | decoded (files decoded once into a memory map beside the outputs)
+    memory_limit_mb: int = 1024  # per domain; larger folders are read by workers under `auto`
+
+
+@dataclass
+class Split:
+    """Shares held out, drawn by data_seed without looking at labels."""
+
+    test: float = 1 / 3  # of a domain without a published test split
+    validation: float = 0.1  # of source training samples (labelled) and of target training inputs (unlabelled)
+
+
+@dataclass
+class Subset:
+    """Sizes for small-data protocols, drawn by data_seed; null keeps all."""
+
+    source: int | None = None
+    target: int | None = None
+    test: int | None = None
+
+
+@dataclass
+class Trainer:
+    steps: int = 1500  # of every gradient phase that does not set its own
+    batch_size: int = 64  # of each domain
+    eval_batch_size: int = 512
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    log_every: int = 20
+    clip_norm: float | None = None
+    precision: str = "32"  # 32 | bf16 | 16
+    channels_last: bool = False
+    compile: bool = False
+    ema: float | None = None  # decay of the average of weights that is evaluated and kept
+    domain_batches: str = "separate"  # joint: one forward over both domains (shared BatchNorm statistics) | separate
+
+
+@dataclass
+class Config:
+    source: dict[str, Any] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    augment: dict[str, Any] = field(default_factory=dict)
+    trainer: Trainer = field(default_factory=Trainer)
+    image: Image = field(default_factory=Image)
+    split: Split = field(default_factory=Split)
+    subset: Subset = field(default_factory=Subset)
+    protocol: str = "inductive"
+    label_space: str = "closed"
+    target_labels: Any = 0  # 0 | N (per class; in regression N in all) | all
+    bottleneck: int | None = None  # width of a layer between backbone and head
+    selection: str = (
+        "auto"  # the validator that chooses the checkpoint: auto (im, or source_val in regression), last, oracle, ...
+    )
+    seed: int = 0
+    data_seed: int = 0
+    # What follows changes no result and stays out of a run's identity.
+    outputs: str = "outputs"
+    data_root: str | None = None
+    download: bool = False
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    workers: int = 2  # that decode image files; sets in memory need none
+    threads: int | None = None
+    force: bool = False
+    retry_failed: bool = False
+    plugins: list[str] = field(default_factory=list)
+
+
+COMPONENTS = ("source", "target", "backbone", "method", "optimizer", "schedule", "augment")
+OUTSIDE_IDENTITY = (
+    "outputs",
+    "data_root",
+    "download",
+    "device",
+    "workers",
+    "threads",
+    "force",
+    "retry_failed",
+    "plugins",
+    "image.storage",
+    "image.memory_limit_mb",
+    "trainer.eval_batch_size",
+)
+
+
+def check(config: Config) -> None:
+    """Refuse values that the types admit and the program does not.
+
+    Raises:
+        TransferError: naming the key and what it takes.
+    """
+    check_choice(config.protocol, PROTOCOLS, "protocol")
+    check_choice(config.label_space, LABEL_SPACES, "label_space")
+    check_choice(config.trainer.precision, PRECISIONS, "trainer.precision")
+    check_choice(config.trainer.domain_batches, DOMAIN_BATCHES, "trainer.domain_batches")
+    check_choice(config.image.storage, STORAGE, "image.storage")
+    budget = config.target_labels
+    if budget != "all" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
+        raise TransferError(f"target_labels must be 0, a number per class, or all; not {budget!r}.")
+    if budget == "all" and config.protocol == "transductive":
+        raise TransferError(
+            "target_labels=all leaves nothing to test on in the transductive protocol: set protocol=inductive."
+        )
+    for key, value, options in (("size", config.image.size, None), ("channels", config.image.channels, (1, 3))):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value != "auto" and (not whole or (options and value not in options)):
+            raise TransferError(
+                f"image.{key} must be auto or {'1 or 3' if options else 'a number of pixels'}; not {value!r}."
+            )
+    for key in ("steps", "batch_size", "eval_batch_size", "eval_every", "checkpoint_every", "log_every"):
+        if getattr(config.trainer, key) < 1:
+            raise TransferError(f"trainer.{key} must be at least 1, not {getattr(config.trainer, key)}.")
+    for key in ("test", "validation"):
+        if not 0 <= getattr(config.split, key) < 1:
+            raise TransferError(f"split.{key} is a share between 0 and 1, not {getattr(config.split, key)}.")
+    if config.trainer.ema is not None and not 0 < config.trainer.ema < 1:
+        raise TransferError(f"trainer.ema is a decay between 0 and 1, not {config.trainer.ema}.")

@@ -1,0 +1,148 @@
+"""Minibatches. The k-th batch of a stream is a pure function of (seed, stream, k): a run resumes anywhere, with any number
+of workers, and sees the batches it would have seen. Each pass over the data is reshuffled on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from transfer_cli.data.augment import Augment
+from transfer_cli.data.inputs import ArrayInputs, Inputs, Padded
+from transfer_cli.errors import TransferError
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed from any values, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+def to_model(x: Tensor | Padded, device: torch.device, channels_last: bool = False) -> Tensor | Padded:
+    """What a reader keeps to what a network reads: on the device, images as floats in [0, 1]."""
+    if isinstance(x, Padded):
+        return x.to(device)
+    x = x.to(device, non_blocking=True)
+    if x.dtype == torch.uint8:
+        x = x.float().div_(255)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+class Stream:
+    """Endless shuffled minibatches of one part of a task."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        labels: Tensor | None,
+        *,
+        name: str,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        augment: Augment | None = None,
+        workers: int = 0,
+        channels_last: bool = False,
+    ) -> None:
+        if batch_size > len(inputs):
+            raise TransferError(
+                f"trainer.batch_size={batch_size} is larger than the {len(inputs)} {name} samples: set it to {len(inputs)} or less."
+            )
+        self.name, self.batch_size, self.seed, self.device, self.workers = name, batch_size, seed, device, workers
+        self.channels_last = channels_last
+        # Small sets move to the device once, as they are kept (uint8).
+        self.inputs = ArrayInputs(inputs.values.to(device)) if isinstance(inputs, ArrayInputs) else inputs
+        self.labels = None if labels is None else labels.to(device)
+        self.augment = augment if augment and inputs.spec.kind == "image" else None
+        self.batches_per_epoch = len(inputs) // batch_size
+        self._index_device = device if isinstance(inputs, ArrayInputs) else torch.device("cpu")
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def indices(self, step: int) -> Tensor:
+        """Sample indices `(B,)` of batch `step`."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            draw = torch.Generator().manual_seed(derive_seed(self.seed, self.name, "order", epoch))
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.inputs), generator=draw).to(self._index_device)
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def iterate(self, start: int) -> Iterator[tuple[Any, Tensor | None]]:
+        """Inputs ready for the network and labels (or None), from batch `start` on."""
+        raw: Iterator[tuple[Tensor, Any]]
+        if self.inputs.in_memory:
+            raw = ((indices, self.inputs.batch(indices)) for indices in self._all_indices(start))
+        else:
+            raw = self._through_workers(start)
+        for step, (indices, kept) in enumerate(raw, start):
+            x: Any = to_model(kept, self.device, self.channels_last)
+            if self.augment is not None:
+                x = self.augment(x, torch.Generator().manual_seed(derive_seed(self.seed, self.name, "augment", step)))
+            yield x, None if self.labels is None else self.labels[indices.to(self.device, non_blocking=True)]
+
+    def _all_indices(self, start: int) -> Iterator[Tensor]:
+        step = start
+        while True:
+            yield self.indices(step)
+            step += 1
+
+    def _through_workers(self, start: int) -> Iterator[tuple[Tensor, Any]]:
+        pin = self.device.type == "cuda"
+        return iter(_loader(self.inputs, self._all_indices(start), self.workers, pin))
+
+
+class _Decoded(Dataset[Any]):
+    """A whole batch at a time, so that a worker sends one tensor."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+
+    def __getitem__(self, indices: Any) -> tuple[Tensor, Any]:
+        return indices, self.inputs.batch(indices)
+
+
+def _own_signals(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the run saves and stops its workers, they must not die first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _loader(inputs: Inputs, batches: Any, workers: int, pin: bool) -> Iterator[Any]:
+    loader = DataLoader(
+        _Decoded(inputs),
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # the loader draws a number on start; not from the run's own stream
+        worker_init_fn=_own_signals,
+    )
+    try:
+        yield from loader
+    except TransferError as error:
+        # A worker's error arrives wrapped in its traceback; its last line is ours.
+        raise TransferError(
+            str(error).strip().splitlines()[-1].removeprefix("transfer_cli.errors.TransferError: ")
+        ) from None
+
+
+def in_order(
+    inputs: Inputs, batch_size: int, device: torch.device, workers: int = 0, channels_last: bool = False
+) -> Iterator[Any]:
+    """All samples once, in order, ready for the network."""
+    batches = torch.arange(len(inputs)).split(batch_size)
+    raw: Iterator[tuple[Tensor, Any]]
+    if inputs.in_memory:
+        raw = ((indices, inputs.batch(indices)) for indices in batches)
+    else:
+        raw = _loader(inputs, list(batches), workers, device.type == "cuda")
+    for _, x in raw:
+        yield to_model(x, device, channels_last)

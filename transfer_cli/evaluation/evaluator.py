@@ -1,0 +1,177 @@
+"""The one evaluator: holds the held-out labels, which nothing else sees, and dispatches on the task's kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfer_cli.config.schema import Config
+from transfer_cli.data.batching import derive_seed, in_order
+from transfer_cli.data.inputs import ArrayInputs, Inputs
+from transfer_cli.data.task import Heldout, TransferTask
+from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.metrics import HEADLINE, score
+from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.validators import VALIDATORS, WITHOUT_A_SCORE, Validator, View, applicable, load_validator
+
+SAMPLE = 500  # samples a domain whose features are kept for the report
+EXAMPLES = 64  # samples a domain whose inputs are kept
+
+
+class Predictor(Protocol):
+    def predict(self, x: Any) -> Prediction: ...
+    def features(self, x: Any) -> Tensor: ...
+    def eval(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Look:
+    """One evaluation during training. `score` is the selection's; `oracle` that of target test labels."""
+
+    score: float
+    oracle: float
+    validators: dict[str, float]
+    target_test: dict[str, float]
+    headline: tuple[str, float]
+
+
+class Evaluator:
+    def __init__(
+        self,
+        task: TransferTask,
+        heldout: Heldout,
+        *,
+        selection: str,
+        plugins: Sequence[str],
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        channels_last: bool = False,
+    ) -> None:
+        self.task, self.heldout = task, heldout
+        self.device, self.batch_size, self.workers, self.channels_last = device, batch_size, workers, channels_last
+        self.seed = derive_seed(seed, "evaluation")
+        self.selection = self._choose(selection)
+        names = dict.fromkeys([*VALIDATORS, *([] if self.selection in WITHOUT_A_SCORE else [self.selection])])
+        self.validators: dict[str, Validator] = {name: load_validator(name, plugins) for name in names}
+
+    @property
+    def uses_target_labels(self) -> bool:
+        return self.selection == "oracle"
+
+    def _choose(self, selection: str) -> str:
+        if selection == "auto":
+            if self.task.kind == "classification":
+                return "im"
+            return "source_val" if self.task.source_validation is not None else "last"
+        if selection in ("im", "entropy") and self.task.kind != "classification":
+            raise TransferError(f"selection={selection} is for classification: set selection=source_val or last.")
+        return selection
+
+    def look(self, method: Predictor) -> Look:
+        """Every validator's score, and the figures on the target test set (for the record and the oracle alone)."""
+        view, test = self._view(method), self._predict(method, self.heldout.target_test.inputs)
+        return self._look(view, test)
+
+    def _look(self, view: View, test: Prediction) -> Look:
+        scores = {n: v(view) for n, v in self.validators.items() if n not in VALIDATORS or applicable(view, n)}
+        figures = score(self.task.kind, test, self.heldout.target_test.labels)
+        name = HEADLINE[self.task.kind]
+        oracle = figures[name] if name == "accuracy" else -figures[name]
+        chosen = {"last": 0.0, "oracle": oracle}.get(self.selection)
+        if chosen is None:
+            if self.selection not in scores:
+                self.validators[self.selection](view)  # says what it lacks
+            chosen = scores[self.selection]
+        return Look(chosen, oracle, scores, figures, (name, figures[name]))
+
+    def _view(self, method: Predictor) -> View:
+        target = self._predict(method, self.task.target_validation.inputs)
+        part = self.task.source_validation
+        if part is None or not self.task.source_labels_fit_head:
+            return View(self.task.kind, None, None, target)
+        return View(self.task.kind, self._predict(method, part.inputs), part.labels, target)
+
+    def final(self, method: Predictor) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+        """Metrics by split, validators' scores, and arrays for predictions.npz."""
+        metrics: dict[str, Any] = {"source_test": None}
+        arrays: dict[str, Any] = {}
+        parts = {"target_test": self.heldout.target_test}
+        if self.heldout.source_test is not None and self.task.source_labels_fit_head:
+            parts["source_test"] = self.heldout.source_test
+        for split, part in parts.items():
+            prediction = self._predict(method, part.inputs)
+            metrics[split] = score(self.task.kind, prediction, part.labels)
+            arrays.update(_arrays(split, prediction, part.labels, part.ids))
+            if split == "target_test":
+                validators = self._look(self._view(method), prediction).validators
+        return metrics, validators, arrays
+
+    def samples(self, method: Predictor) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Features and example inputs of the first samples of both test sets, for the report."""
+        features: dict[str, Any] = {}
+        examples: dict[str, Any] = {}
+        for split, part in (("source_test", self.heldout.source_test), ("target_test", self.heldout.target_test)):
+            if part is None or not len(part):
+                continue
+            few = part.take(torch.arange(min(SAMPLE, len(part))))
+            features[split] = np.concatenate(
+                self._run(method, few.inputs, lambda x: method.features(x).float().cpu().numpy())
+            )
+            features[f"{split}_labels"] = few.labels.numpy()
+            shown = few.inputs.take(torch.arange(min(EXAMPLES, len(few))))
+            if shown.spec.kind == "image":
+                raw = shown if isinstance(shown, ArrayInputs) else None
+                images = raw.values if raw is not None else shown.batch(torch.arange(len(shown)))
+                examples[split] = images.numpy()  # type: ignore[union-attr]
+        return features, examples
+
+    def _predict(self, method: Predictor, inputs: Inputs) -> Prediction:
+        return Prediction.concatenate(self._run(method, inputs, method.predict))
+
+    def _run(self, method: Predictor, inputs: Inputs, function: Callable[[Any], Any]) -> list[Any]:
+        method.eval()
+        with torch.inference_mode(), isolated(self.seed, self.device):
+            return [
+                function(x) for x in in_order(inputs, self.batch_size, self.device, self.workers, self.channels_last)
+            ]
+
+
+def make_evaluator(config: Config, task: TransferTask, heldout: Heldout, device: torch.device) -> Evaluator:
+    return Evaluator(
+        task,
+        heldout,
+        selection=config.selection,
+        plugins=config.plugins,
+        device=device,
+        batch_size=config.trainer.eval_batch_size,
+        workers=config.workers,
+        seed=config.seed,
+        channels_last=config.trainer.channels_last,
+    )
+
+
+@contextmanager
+def isolated(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's generators seeded for the block and then put back: an evaluation leaves a run's own draws alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _arrays(split: str, prediction: Prediction, labels: Tensor, ids: Sequence[str]) -> dict[str, Any]:
+    arrays: dict[str, Any] = {f"{split}_labels": labels.numpy(), f"{split}_ids": np.array(ids)}
+    if prediction.log_probs is not None:
+        arrays[f"{split}_probs"] = prediction.probs.float().numpy()
+    for name in ("mean", "variance", "epistemic"):
+        value = getattr(prediction, name)
+        if value is not None:
+            arrays[f"{split}_{name}"] = value.float().numpy()
+    return arrays

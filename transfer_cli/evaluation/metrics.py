@@ -1,0 +1,93 @@
+"""Figures of merit of predicted distributions, in float64 on the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from transfer_cli.evaluation.prediction import Prediction
+
+HEADLINE = {"classification": "accuracy", "regression": "rmse"}
+
+
+def score(kind: str, prediction: Prediction, labels: Tensor) -> dict[str, float]:
+    """All metrics of the task's kind."""
+    if kind == "classification":
+        assert prediction.log_probs is not None
+        return classification(prediction.log_probs, labels)
+    assert prediction.mean is not None and prediction.variance is not None
+    return regression(prediction.mean, prediction.variance, labels)
+
+
+def classification(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, macro-F1, NLL (nats), Brier score (summed over classes), ECE (15 equal-width bins) and its equal-mass form.
+
+    `log_probs` `(N, K)`, `labels` `(N,)`; a label beyond K (a class that the method cannot name) has probability zero.
+    """
+    log_probs, labels = log_probs.double().cpu(), labels.cpu()
+    extra = int(labels.max()) + 1 - log_probs.shape[1]
+    if extra > 0:
+        floor = math.log(torch.finfo(torch.float32).tiny)
+        log_probs = torch.cat([log_probs, torch.full((len(log_probs), extra), floor, dtype=torch.float64)], 1)
+    probs, guesses = log_probs.exp(), log_probs.argmax(1)
+    confidence = probs.gather(1, guesses[:, None])[:, 0]
+    right = (guesses == labels).double()
+    one_hot = torch.nn.functional.one_hot(labels, log_probs.shape[1])
+    return {
+        "accuracy": float(right.mean()),
+        "macro_f1": macro_f1(guesses, labels),
+        "nll": float(-log_probs.gather(1, labels[:, None]).mean()),
+        "brier": float((probs - one_hot).square().sum(1).mean()),
+        "ece": expected_calibration_error(confidence, right),
+        "ece_equal_mass": expected_calibration_error(confidence, right, equal_mass=True),
+    }
+
+
+def macro_f1(guesses: Tensor, labels: Tensor) -> float:
+    """Mean F1 over the classes that occur among labels or guesses."""
+    scores = []
+    for c in torch.cat([guesses, labels]).unique():
+        hits = float(((guesses == c) & (labels == c)).sum())
+        scores.append(2 * hits / float((guesses == c).sum() + (labels == c).sum()))
+    return sum(scores) / len(scores)
+
+
+def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = 15, equal_mass: bool = False) -> float:
+    """`Σ_b (n_b / N) |accuracy_b - confidence_b|` (Naeini et al. 2015); bins closed on the right, so 1.0 is in the last."""
+    if equal_mass:
+        order = confidence.argsort(stable=True)
+        groups = [g for g in order.tensor_split(bins) if len(g)]
+        return sum(len(g) * abs(float(right[g].mean() - confidence[g].mean())) for g in groups) / len(right)
+    index = (torch.ceil(confidence * bins) - 1).clamp(0, bins - 1).long()
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right - confidence)
+    return float(gap.abs().sum() / len(right))
+
+
+def regression(mean: Tensor, variance: Tensor, labels: Tensor) -> dict[str, float]:
+    """RMSE, MAE, R², marginal Gaussian NLL, CRPS, and for 50, 80 and 95 % intervals coverage and mean width.
+
+    `mean`, `variance`, `labels` `(N, T)`, averaged over samples and targets.
+    """
+    mean, variance, labels = mean.double().cpu(), variance.double().cpu(), labels.double().cpu()
+    sigma = variance.sqrt().clamp_min(1e-12)
+    error = labels - mean
+    z = error / sigma
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    crps = sigma * (
+        z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi)
+    )  # Gneiting & Raftery 2007, eq. 21
+    spread = (labels - labels.mean(0)).square().sum()
+    figures = {
+        "rmse": float(error.square().mean().sqrt()),
+        "mae": float(error.abs().mean()),
+        "r2": float(1 - error.square().sum() / spread) if float(spread) > 0 else 0.0,
+        "nll": float((0.5 * z.square() + sigma.log() + 0.5 * math.log(2 * math.pi)).mean()),
+        "crps": float(crps.mean()),
+    }
+    for level in (50, 80, 95):
+        half = math.sqrt(2) * float(torch.erfinv(torch.tensor(level / 100, dtype=torch.float64)))
+        figures[f"coverage_{level}"] = float((z.abs() <= half).double().mean())
+        figures[f"width_{level}"] = float((2 * half * sigma).mean())
+    return figures

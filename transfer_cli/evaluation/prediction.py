@@ -1,0 +1,49 @@
+"""What every method predicts: a distribution a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Classification: `log_probs` `(B, K)`. Regression: `mean` and `variance` `(B, T)` in the targets' units, `variance`
+    the whole of it and `epistemic` the part that more data would remove, where the method knows it."""
+
+    log_probs: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    epistemic: Tensor | None = None
+
+    @classmethod
+    def from_logits(cls, logits: Tensor) -> Prediction:
+        return cls(log_probs=F.log_softmax(logits.float(), dim=1))
+
+    @classmethod
+    def from_probs(cls, probs: Tensor) -> Prediction:
+        """Probabilities `(B, K)` that sum to one; a zero is taken for the smallest positive number."""
+        return cls(log_probs=probs.clamp_min(torch.finfo(probs.dtype).tiny).log())
+
+    @property
+    def probs(self) -> Tensor:
+        assert self.log_probs is not None
+        return self.log_probs.exp()
+
+    @property
+    def labels(self) -> Tensor:
+        """The most probable class `(B,)`."""
+        assert self.log_probs is not None
+        return self.log_probs.argmax(1)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Prediction]) -> Prediction:
+        """Batches as one, on the CPU."""
+        columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(cls)}
+        return cls(
+            **{name: torch.cat([v.cpu() for v in vs]) for name, vs in columns.items() if vs and vs[0] is not None}
+        )

@@ -1,0 +1,105 @@
+"""The story of one run. Each step is one named thing; whoever reads this file knows the program."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from transfer_cli import outputs
+from transfer_cli.announce import opening_lines
+from transfer_cli.build import build_method, pose_problem, readers
+from transfer_cli.config.compose import resolve_components
+from transfer_cli.config.identity import identify
+from transfer_cli.config.schema import Config
+from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.evaluator import make_evaluator
+from transfer_cli.loops.console import Console
+from transfer_cli.loops.devices import choose_device, reproducible, use_threads
+from transfer_cli.loops.interrupt import Interrupt
+from transfer_cli.loops.session import make_session, run_phases
+from transfer_cli.report.figures import draw_figures
+from transfer_cli.report.tables import result_lines
+from transfer_cli.run_folder import RunFolder, read_json
+
+
+def run(config: Config) -> RunFolder:
+    """Run one experiment, go on with it where it stopped, or find it finished.
+
+    Raises:
+        TransferError: what the user can mend.
+        SystemExit: interrupted, after saving.
+    """
+    console, began = Console(), time.perf_counter()
+
+    # what is asked for, and where its outcome lies
+    components = resolve_components(config)
+    identity = identify(config, components)
+    folder = RunFolder(identity.folder(config.outputs))
+    device = choose_device(config.device)
+    fingerprints = {group: reader.fingerprint() for group, reader in readers(config, components).items()}
+
+    with folder.locked():
+        if not _is_to_do(folder, config, fingerprints, device, console):
+            return folder
+        reproducible(device)
+        use_threads((read_json(folder.manifest) or {}).get("threads") or config.threads)
+
+        # the domains, the task they pose, the method on its backbone
+        problem = pose_problem(config, components)
+        method = build_method(config, components, problem.task, device)
+        evaluator = make_evaluator(config, problem.task, problem.heldout, device)
+        loaded = time.perf_counter() - began
+
+        outputs.prepare(folder, config, identity, fingerprints, device)
+        console.log_to(folder.log)
+        for line in opening_lines(config, components, problem, method, device):
+            console.say(line)
+        interrupt = Interrupt()
+        try:
+            with interrupt.watching():
+                # the method's phases
+                session = make_session(
+                    config, components, problem.task, method, evaluator, folder, identity, device, console, interrupt
+                )
+                steps = run_phases(session)
+
+                # held-out source and target, with the weights that the selection kept
+                session.load_best()
+                result = outputs.write_result(session, folder, config, components, loaded=loaded, steps=steps)
+                draw_figures(folder)
+                folder.set_status("finished")
+        except Exception as error:
+            folder.set_status(
+                "failed", error=str(error) if isinstance(error, TransferError) else f"{type(error).__name__}: {error}"
+            )
+            raise
+        finally:
+            console.stop()
+        for line in result_lines(result, folder.path):
+            console.say(line)
+    return folder
+
+
+def _is_to_do(
+    folder: RunFolder, config: Config, fingerprints: dict[str, str], device: torch.device, console: Console
+) -> bool:
+    """Whether there is work left: a finished run is shown, a failed one needs the user's word, an interrupted one goes on."""
+    status = read_json(folder.status) or {}
+    state = status.get("state")
+    if config.force:
+        outputs.clear(folder)
+        return True
+    if state == "finished":
+        outputs.check_same_ground(folder, fingerprints, None)
+        console.say(f"finished before on {status.get('time', '?')}; force=true runs it again")
+        for line in result_lines(read_json(folder.result), folder.path):
+            console.say(line)
+        return False
+    if state == "failed" and not config.retry_failed:
+        raise TransferError(
+            f"this run failed before: {status.get('error')} ({folder.path}). retry_failed=true tries again."
+        )
+    if state is not None:
+        outputs.check_same_ground(folder, fingerprints, device)
+    return True

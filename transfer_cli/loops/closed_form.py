@@ -1,0 +1,43 @@
+"""The closed-form loop: extract features once, fit once, in float64. Resumes by starting over, identically."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfer_cli.data.batching import in_order
+from transfer_cli.data.inputs import Inputs
+from transfer_cli.loops.session import Place, Session
+from transfer_cli.methods.phases import ClosedForm, Features, FeatureTask
+
+
+def run_closed_form(phase: ClosedForm, session: Session, place: Place) -> None:
+    session.console.start(phase.name, 0, 1)
+    task, method = session.task, session.method
+    method.eval()
+
+    def features(part: Any) -> Features | None:
+        if part is None:
+            return None
+        labels = part.labels.to(session.device) if hasattr(part, "labels") else None
+        return Features(_extract(session, part.inputs), labels)
+
+    target = features(task.target_unlabelled)
+    assert target is not None
+    phase.fit(FeatureTask(features(task.source), target, features(task.target_labelled)))
+    if session.average is not None:
+        session.average.module.load_state_dict(method.state_dict())
+    session.console.advance(1, {})
+    session.monitor.observe(session.evaluated, place.steps_before, phase.name, candidate=place.last)
+    session.console.stop()
+
+
+@torch.no_grad()
+def _extract(session: Session, inputs: Inputs) -> Tensor:
+    """`(N, D)` float64 on the device."""
+    batches = in_order(
+        inputs, session.trainer.eval_batch_size, session.device, session.workers, session.trainer.channels_last
+    )
+    return torch.cat([session.method.features(x).double() for x in batches])

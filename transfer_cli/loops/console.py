@@ -1,0 +1,65 @@
+"""What a run says: lines to the terminal and to run.log, a progress bar where there is a terminal to show it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Console:
+    """`say` prints a line and keeps it for run.log; a bar is shown on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._log: Path | None = None
+        self._early: list[str] = []
+        self._bar: tqdm | None = None
+        self.terminal = sys.stderr.isatty()
+
+    def log_to(self, path: Path) -> None:
+        """From now on lines go to `path` too, those already said first."""
+        self._log = path
+        with path.open("a") as file:
+            file.writelines(line + "\n" for line in self._early)
+        self._early = []
+
+    def say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(line, flush=True)
+        self.log(line)
+
+    def log(self, line: str) -> None:
+        """A line for run.log alone."""
+        if self._log is None:
+            self._early.append(line)
+        else:
+            with self._log.open("a") as file:
+                file.write(line + "\n")
+
+    def start(self, name: str, done: int, total: int) -> None:
+        """A phase of `total` steps begins (or goes on) at `done`."""
+        if self.terminal:
+            form = "{desc}  {percentage:3.0f} %|{bar:10}| {n_fmt}/{total_fmt}  {elapsed}{postfix}"
+            self._bar = tqdm(total=total, initial=done, desc=name, bar_format=form, ascii=" #", leave=True)
+        elif done:
+            self.say(f"{name}: going on at step {done}/{total}")
+
+    def advance(self, done: int, values: dict[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str("  " + "  ".join(f"{k} {v:.3g}" for k, v in values.items()), refresh=False)
+            self._bar.update(done - self._bar.n)
+
+    def milestone(self, name: str, step: int, values: dict[str, float]) -> None:
+        """An evaluation's figures: into the log, and to the reader where no bar shows the way."""
+        line = f"{name} step {step}  " + "  ".join(f"{k} {v:.3g}" for k, v in values.items())
+        if self._bar is None:
+            self.say(line)
+        else:
+            self.log(line)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

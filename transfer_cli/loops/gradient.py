@@ -1,0 +1,190 @@
+"""The gradient loop: minibatches of the task's parts, and in each step a method's updates in order.
+
+Knows no method. Nothing in a step waits for the device: losses are read once an interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from transfer_cli.data.batching import Stream
+from transfer_cli.data.domain import Part
+from transfer_cli.data.task import Unlabelled
+from transfer_cli.errors import TransferError
+from transfer_cli.loops.metrics_log import StepRecord
+from transfer_cli.loops.rng import RandomState
+from transfer_cli.loops.session import Place, Session, steps_of
+from transfer_cli.methods.phases import Batch, Gradient, Labelled, Losses, Progress, Update
+
+AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
+    method, trainer, checkpoints = session.method, session.trainer, session.checkpoints
+    steps = steps_of(phase, session)
+    if place.start == 0 and phase.on_start is not None:
+        phase.on_start()
+    optimizers = [_optimizer(update, session) for update in phase.updates]
+    scaler = torch.amp.GradScaler(session.device.type, enabled=trainer.precision == "16")
+    record, losses = StepRecord(), set[str]()
+    phase_parts: dict[str, Any] = {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    phase_parts |= {"scaler": scaler, "record": record, "rng": RandomState(session.device)}
+    batches = _batches(session, place.start)
+    checkpoints.register(**phase_parts)  # the generators last: nothing draws between here and the first step
+    stepper = _Stepper(session, scaler)
+
+    session.console.start(phase.name, place.start, steps)
+    method.train()
+    for step in range(place.start, steps):
+        progress = Progress(step, steps)
+        batch = next(batches)
+        logged: dict[str, Tensor] = {}
+        for i, (update, optimizer) in enumerate(zip(phase.updates, optimizers, strict=True)):
+            _set_rates(optimizer, session.schedule(progress.p))
+            for _ in range(update.repeats):
+                outcome = stepper(update, optimizer, batch, progress, first=i == 0)
+            losses.update(outcome.terms)
+            logged |= {**outcome.terms, **outcome.diagnostics}
+        if session.average is not None:
+            session.average.update_parameters(method)
+        if phase.after_step is not None:
+            phase.after_step(progress)
+        record.add(logged)
+
+        done = step + 1
+        at_end = done == steps
+        if (
+            at_end
+            or done % trainer.log_every == 0
+            or done % trainer.eval_every == 0
+            or done % trainer.checkpoint_every == 0
+        ):
+            _log(record, losses, phase, session, place, done)
+        if at_end or done % trainer.eval_every == 0:
+            session.monitor.observe(session.evaluated, place.steps_before + done, phase.name, candidate=place.last)
+            method.train()
+        if not at_end and (done % trainer.checkpoint_every == 0 or session.interrupt.signal is not None):
+            checkpoints.save(place.position(done))
+            session.interrupt.leave_if_asked()
+    batches.close()
+    session.console.stop()
+    checkpoints.forget(*phase_parts)
+
+
+class _Stepper:
+    """One update: forward under autocast, backward, clip, step."""
+
+    def __init__(self, session: Session, scaler: torch.amp.GradScaler) -> None:
+        self.method, self.clip, self.scaler = session.method, session.trainer.clip_norm, scaler
+        precision = session.trainer.precision
+        self.autocast = torch.autocast(
+            session.device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision != "32"
+        )
+        self.adds_target_term = session.task.target_labelled is not None and not session.method.handles_target_labels
+
+    def __call__(self, update: Update, optimizer: Optimizer, batch: Batch, progress: Progress, first: bool) -> Losses:
+        with self.autocast:
+            losses = update.objective(batch, progress)
+            if self.adds_target_term and first and batch.target_labelled is not None:
+                term = self.method.supervised_loss(batch.target_labelled.x, batch.target_labelled.y)
+                losses = replace(losses, terms={**losses.terms, "target_supervised": term})
+            terms = list(losses.terms.values())
+            total = sum(terms[1:], terms[0])
+        self.method.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        if self.clip is not None:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return losses
+
+
+def _optimizer(update: Update, session: Session) -> Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": list(m.parameters), "lr_scale": m.lr_scale} for m in update.moves if len(m.parameters)
+    ]
+    if not groups:
+        raise TransferError(
+            "nothing to train: every parameter is frozen. Set backbone.freeze, or take method=linear_probe."
+        )
+    optimizer = session.make_optimizer(groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"] * group["lr_scale"]
+    return optimizer
+
+
+def _set_rates(optimizer: Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def _batches(session: Session, start: int) -> Any:
+    """Endless batches of every part that the task has, from step `start` on."""
+    task = session.task
+    source = _stream(session, "source", task.source, start)
+    target = _stream(session, "target", task.target_unlabelled, start)
+    granted = _stream(session, "target_labelled", task.target_labelled, start)
+
+    def labelled(stream: Iterator[tuple[Any, Tensor]] | None) -> Labelled | None:
+        return None if stream is None else Labelled(*next(stream))
+
+    def batches() -> Iterator[Batch]:
+        try:
+            while True:
+                yield Batch(labelled(source), None if target is None else next(target)[0], labelled(granted))
+        finally:
+            for stream in (source, target, granted):
+                if stream is not None:
+                    stream.close()  # ends its workers
+
+    return batches()
+
+
+def _stream(session: Session, name: str, part: Part | Unlabelled | None, start: int) -> Any:
+    if part is None:
+        return None
+    size = session.trainer.batch_size
+    # Few granted labels make a small batch; both domains' own sets must fill one.
+    batch_size = min(size, len(part)) if name == "target_labelled" else size
+    domain = name.removesuffix("_labelled")
+    stream = Stream(
+        part.inputs,
+        part.labels if isinstance(part, Part) else None,
+        name=name,
+        batch_size=batch_size,
+        seed=session.seed,
+        device=session.device,
+        augment=session.augment if session.augment.applies_to(domain) else None,
+        workers=session.workers,
+        channels_last=session.trainer.channels_last,
+    )
+    return stream.iterate(start)
+
+
+def _log(record: StepRecord, losses: set[str], phase: Gradient, session: Session, place: Place, done: int) -> None:
+    try:
+        values = record.take(done, losses)
+    except TransferError as error:
+        saved = session.checkpoints.saved_step
+        kept = (
+            f"the last good checkpoint is that of step {saved}"
+            if saved is not None
+            else "no checkpoint was due before it"
+        )
+        with suppress(Exception):
+            session.console.stop()
+        raise TransferError(
+            f"{error} of phase '{phase.name}'; {kept}. A lower optimizer.lr or trainer.clip_norm=1 usually helps."
+        ) from None
+    if values:
+        step = place.steps_before + done
+        session.metrics.write(step=step, phase=phase.name, split="train", values=values)
+        session.console.advance(done, values)

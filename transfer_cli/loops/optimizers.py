@@ -1,0 +1,73 @@
+"""Config groups `optimizer` (from parameter groups) and `schedule` (a factor of the learning rate as a function of progress)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+Groups = list[dict[str, Any]]
+
+
+def sgd(
+    groups: Groups, *, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True
+) -> Optimizer:
+    return torch.optim.SGD(
+        groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True
+    )
+
+
+def adam(
+    groups: Groups, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
+) -> Optimizer:
+    return torch.optim.Adam(groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+
+
+def adamw(
+    groups: Groups, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01
+) -> Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+
+
+class Schedule:
+    """`schedule(p)` for progress p in [0, 1): the factor of the learning rate. `warmup`: share of the phase with a linear rise.
+
+    Stateless, so nothing of it has to be saved or restored."""
+
+    def __init__(self, warmup: float) -> None:
+        self.warmup = warmup
+
+    def __call__(self, p: float) -> float:
+        rise = min(1.0, (p + 1e-3) / self.warmup) if self.warmup else 1.0
+        return rise * self.decay(p)
+
+    def decay(self, p: float) -> float:
+        raise NotImplementedError
+
+
+class Constant(Schedule):
+    def __init__(self, *, warmup: float = 0.0) -> None:
+        super().__init__(warmup)
+
+    def decay(self, p: float) -> float:
+        return 1.0
+
+
+class Cosine(Schedule):
+    def __init__(self, *, warmup: float = 0.0, final: float = 0.0) -> None:
+        super().__init__(warmup)
+        self.final = final
+
+    def decay(self, p: float) -> float:
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * p))
+
+
+class InverseDecay(Schedule):
+    def __init__(self, *, warmup: float = 0.0, alpha: float = 10.0, beta: float = 0.75) -> None:
+        super().__init__(warmup)
+        self.alpha, self.beta = alpha, beta
+
+    def decay(self, p: float) -> float:
+        return (1 + self.alpha * p) ** -self.beta

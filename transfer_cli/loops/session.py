@@ -1,0 +1,176 @@
+"""What every loop works with, and the walk through a method's phases."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from transfer_cli.config.identity import Identity
+from transfer_cli.config.schema import Config, Trainer
+from transfer_cli.data.augment import Augment
+from transfer_cli.data.batching import derive_seed
+from transfer_cli.data.task import TransferTask
+from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.evaluator import Evaluator
+from transfer_cli.loops.checkpoints import Checkpoints, Stateful, read_checkpoint
+from transfer_cli.loops.console import Console
+from transfer_cli.loops.interrupt import Interrupt
+from transfer_cli.loops.metrics_log import MetricsLog
+from transfer_cli.loops.monitor import Monitor
+from transfer_cli.loops.rng import seed_all
+from transfer_cli.methods.base import Method
+from transfer_cli.methods.phases import ClosedForm, Gradient, Phase
+from transfer_cli.registry import Component
+from transfer_cli.run_folder import RunFolder
+
+LOOPS: dict[type, str] = {  # the loop registry: imported on use
+    Gradient: "transfer_cli.loops.gradient:run_gradient",
+    ClosedForm: "transfer_cli.loops.closed_form:run_closed_form",
+}
+
+
+class Clock:
+    """Seconds spent, over all the processes that worked on the run."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._start = time.perf_counter() - state["seconds"]
+
+
+@dataclass
+class Session:
+    method: Method
+    task: TransferTask
+    trainer: Trainer
+    device: torch.device
+    seed: int
+    workers: int
+    augment: Augment
+    make_optimizer: Callable[[list[dict[str, Any]]], Optimizer]
+    schedule: Callable[[float], float]
+    metrics: MetricsLog
+    checkpoints: Checkpoints
+    console: Console
+    interrupt: Interrupt
+    monitor: Monitor
+    average: AveragedModel | None = None
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def evaluated(self) -> Method:
+        """The weights that are evaluated and kept: the running average where there is one."""
+        return self.method if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def load_best(self) -> None:
+        """The weights that the selection kept, into the method."""
+        kept = read_checkpoint(self.monitor.best)
+        assert kept is not None, "the last phase's end is always evaluated"
+        self.method.load_state_dict(kept["method"])
+
+
+def make_session(
+    config: Config,
+    components: Mapping[str, Component],
+    task: TransferTask,
+    method: Method,
+    evaluator: Evaluator,
+    folder: RunFolder,
+    identity: Identity,
+    device: torch.device,
+    console: Console,
+    interrupt: Interrupt,
+) -> Session:
+    average = None
+    if config.trainer.ema is not None:
+        average = AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema), use_buffers=True)
+    metrics = MetricsLog(folder.metrics)
+    optimizer = components["optimizer"]
+    best = folder.checkpoints / "best.pt"
+    return Session(
+        method=method,
+        task=task,
+        trainer=config.trainer,
+        device=device,
+        seed=config.seed,
+        workers=config.workers,
+        augment=components["augment"].build(),
+        make_optimizer=optimizer.build,
+        schedule=components["schedule"].build(),
+        metrics=metrics,
+        checkpoints=Checkpoints(folder.checkpoints, identity.hash),
+        console=console,
+        interrupt=interrupt,
+        monitor=Monitor(evaluator, best, {"identity": identity.hash, "task": task.describe()}, metrics, console),
+        average=average,
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a phase stands in the whole: its index, whether it is the last, the steps before it, and the step it goes on from."""
+
+    index: int
+    last: bool
+    steps_before: int
+    start: int
+
+    def position(self, step: int) -> dict[str, int]:
+        return {"phase": self.index, "step": step, "global_step": self.steps_before + step}
+
+
+def run_phases(session: Session) -> int:
+    """Run, or go on with, the method's phases; the number of gradient steps in all.
+
+    Raises:
+        SystemExit: interrupted; the state is saved.
+        TransferError: a loss that is not finite.
+    """
+    phases = session.method.phases()
+    position = session.checkpoints.open() or {"phase": 0, "step": 0}
+    parts: dict[str, Stateful] = {"method": session.method, "monitor": session.monitor, "metrics": session.metrics}
+    if session.average is not None:
+        parts["average"] = session.average
+    session.checkpoints.register(**parts, clock=session.clock)
+    steps_before = 0
+    for index, phase in enumerate(phases):
+        if index >= position["phase"]:
+            start = position["step"] if index == position["phase"] else 0
+            if start == 0:
+                seed_all(derive_seed(session.seed, "phase", index), session.device)
+            place = Place(index, index == len(phases) - 1, steps_before, start)
+            _loop(phase)(phase, session, place)
+            session.checkpoints.save(
+                {"phase": index + 1, "step": 0, "global_step": steps_before + steps_of(phase, session)}
+            )
+            session.interrupt.leave_if_asked()
+        steps_before += steps_of(phase, session)
+    return steps_before
+
+
+def steps_of(phase: Phase, session: Session) -> int:
+    if isinstance(phase, Gradient):
+        return session.trainer.steps if phase.steps is None else phase.steps
+    return 0
+
+
+def _loop(phase: Phase) -> Callable[[Any, Session, Place], None]:
+    reference = LOOPS.get(type(phase))
+    if reference is None:
+        raise TransferError(f"no loop runs phases of type {type(phase).__name__}.")
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

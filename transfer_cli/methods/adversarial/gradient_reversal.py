@@ -1,0 +1,53 @@
+"""Gradient reversal, its published ramp, and the domain discriminator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coefficient: float) -> Tensor:
+        ctx.coefficient = coefficient
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return -ctx.coefficient * gradients[0], None
+
+
+def reverse_gradient(x: Tensor, coefficient: float) -> Tensor:
+    """The identity forward; backward, the gradient times `-coefficient` (Ganin & Lempitsky, ICML 2015)."""
+    return _Reverse.apply(x, coefficient)
+
+
+def ramp(p: float, gamma: float = 10.0) -> float:
+    """`2 / (1 + exp(-gamma p)) - 1`: 0 at the start, 0.46 at p = 0.1, towards 1 (Ganin et al., JMLR 2016, section 5.2.2)."""
+    return 2 / (1 + math.exp(-gamma * p)) - 1
+
+
+class DomainDiscriminator(nn.Module):
+    """Features `(B, D)` to one logit a sample `(B,)`: positive for the source. `hidden_layers` of width `hidden`."""
+
+    def __init__(self, width: int, hidden: int, hidden_layers: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(hidden_layers):
+            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+            width = hidden
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)[:, 0]
+
+
+def domain_loss(source_logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy over both domains (each its own mean, halved), and the discriminator's accuracy."""
+    loss = 0.5 * (F.softplus(-source_logits).mean() + F.softplus(target_logits).mean())
+    accuracy = 0.5 * ((source_logits > 0).float().mean() + (target_logits <= 0).float().mean())
+    return loss, accuracy.detach()

@@ -1,0 +1,166 @@
+"""The contract of a method, and the network that gradient methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.methods.phases import Phase
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method cannot do without; checked before any work."""
+
+    source_labels: bool = False
+    target_inputs: bool = False
+    target_labels: bool = False
+    any_labels: bool = False  # of either domain, that fit the head
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is built from.
+
+    `source_classes` differs from `num_classes` only where the label spaces are separate and the head is the target's.
+    `label_mean` and `label_std` `(T,)` are those of the training labels (regression).
+    """
+
+    backbone: nn.Module  # (B, ...) -> (B, feature_dim)
+    feature_dim: int
+    kind: str  # classification | regression
+    num_classes: int
+    source_classes: int
+    has_source: bool
+    has_target_labels: bool
+    source_labels_fit_head: bool
+    target_width: int = 0
+    label_mean: Tensor | None = None
+    label_std: Tensor | None = None
+    bottleneck: int | None = None
+    domain_batches: str = "joint"
+
+    @property
+    def outputs(self) -> int:
+        return self.num_classes if self.kind == "classification" else self.target_width
+
+
+class Method(nn.Module):
+    """Phases that train, and a prediction for any input. All state is parameters, buffers and `Fitted` tensors."""
+
+    version: ClassVar[int] = 1
+    needs: ClassVar[Needs] = Needs()
+    kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
+    handles_target_labels: ClassVar[bool] = False  # True: the gradient loop adds no supervised target term
+
+    def phases(self) -> Sequence[Phase]:
+        raise NotImplementedError
+
+    def features(self, x: Any) -> Tensor:
+        """Inputs `(B, ...)` to the representation `(B, D)` that the method predicts from."""
+        raise NotImplementedError
+
+    def predict(self, x: Any) -> Prediction:
+        """Inputs `(B, ...)` to a distribution a sample."""
+        raise NotImplementedError
+
+    def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
+        """The loss of granted target labels, which the gradient loop adds unless the method handles them."""
+        raise NotImplementedError
+
+
+class Outputs(NamedTuple):
+    features: Tensor  # (B, D), after the bottleneck
+    logits: Tensor  # (B, K), or (B, T) standardised means in regression
+
+
+class Network(nn.Module):
+    """Backbone, bottleneck if the configuration asks for one, and a linear head."""
+
+    label_mean: Tensor
+    label_std: Tensor
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.kind = context.kind
+        self.domain_batches = context.domain_batches
+        self.backbone = context.backbone
+        self.feature_dim = context.bottleneck or context.feature_dim
+        self.bottleneck: nn.Module = nn.Identity()
+        if context.bottleneck:
+            self.bottleneck = nn.Sequential(
+                nn.Linear(context.feature_dim, context.bottleneck), nn.BatchNorm1d(context.bottleneck), nn.ReLU()
+            )
+        self.head = nn.Linear(self.feature_dim, context.outputs)
+        if context.kind == "regression":
+            assert context.label_mean is not None and context.label_std is not None
+            self.register_buffer("label_mean", context.label_mean)
+            self.register_buffer("label_std", context.label_std)
+            self.log_noise = nn.Parameter(torch.zeros(context.outputs))  # log variance, standardised units
+
+    def features(self, x: Any) -> Tensor:
+        return self.bottleneck(self.backbone(x))
+
+    def forward(self, x: Any) -> Outputs:
+        features = self.features(x)
+        return Outputs(features, self.head(features))
+
+    def both(self, source: Any, target: Any) -> tuple[Outputs, Outputs]:
+        """Source and target outputs: one forward over both, so that BatchNorm statistics are shared, or one each,
+        as `trainer.domain_batches` says."""
+        if self.domain_batches == "separate" or not isinstance(source, Tensor):
+            return self(source), self(target)
+        features, logits = self(torch.cat([source, target]))
+        n = len(source)
+        return Outputs(features[:n], logits[:n]), Outputs(features[n:], logits[n:])
+
+    def supervised(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy, or the Gaussian negative log-likelihood of standardised targets with a learnt noise."""
+        if self.kind == "classification":
+            return F.cross_entropy(logits, y)
+        residual = (y - self.label_mean) / self.label_std - logits
+        return 0.5 * (residual.square() * torch.exp(-self.log_noise) + self.log_noise).mean()
+
+    def predict(self, x: Any) -> Prediction:
+        logits = self(x).logits
+        if self.kind == "classification":
+            return Prediction.from_logits(logits)
+        variance = torch.exp(self.log_noise) * self.label_std.square()
+        return Prediction(mean=self.label_mean + self.label_std * logits.float(), variance=variance.expand_as(logits))
+
+
+class NetworkMethod(Method):
+    """A method that trains a `Network` by gradients and predicts with it."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.network = Network(context)
+
+    def features(self, x: Any) -> Tensor:
+        return self.network.features(x)
+
+    def predict(self, x: Any) -> Prediction:
+        return self.network.predict(x)
+
+    def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
+        return self.network.supervised(self.network(x).logits, y)
+
+
+class Fitted(nn.Module):
+    """Tensors that a closed-form phase finds, of shapes unknown beforehand; saved and loaded like any module's."""
+
+    def put(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def __getattr__(self, name: str) -> Tensor:
+        return super().__getattr__(name)  # type: ignore[return-value]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.put(**{key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)})

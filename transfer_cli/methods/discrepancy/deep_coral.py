@@ -1,0 +1,49 @@
+"""Deep CORAL (Sun & Saenko, ECCV 2016 workshops).
+
+    min_{F,C}  CE(C(F(x_s)), y_s) + λ · ‖C_s - C_t‖²_F / (4 d²)
+
+C_s and C_t are the covariances `(d, d)` of a batch of activations. The paper applies it to the last layer's outputs
+(`layer: logits`), later work to the features (`layer: features`). `weight` is λ.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from transfer_cli.methods.base import Context, Needs, NetworkMethod
+from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress, Update
+
+
+class DeepCORAL(NetworkMethod):
+    needs = Needs(source_labels=True, target_inputs=True)
+
+    def __init__(
+        self, context: Context, *, weight: float = 1.0, layer: Literal["logits", "features"] = "logits"
+    ) -> None:
+        super().__init__(context)
+        self.weight, self.layer = weight, layer
+
+    def phases(self) -> list[Gradient]:
+        return [Gradient("adapt", [Update(self.losses, [Moves.of(self.network)])])]
+
+    def losses(self, batch: Batch, progress: Progress) -> Losses:
+        assert batch.source is not None
+        source, target = self.network.both(batch.source.x, batch.target)
+        supervised = self.network.supervised(source.logits, batch.source.y)
+        distance = coral_distance(getattr(source, self.layer), getattr(target, self.layer))
+        return Losses(
+            {"supervised": supervised, "coral": self.weight * distance}, {"coral_distance": distance.detach()}
+        )
+
+
+def coral_distance(source: Tensor, target: Tensor) -> Tensor:
+    """`‖C_s - C_t‖²_F / (4 d²)` with unbiased covariances, of `(B, d)` and `(B', d)`."""
+    return (covariance(source) - covariance(target)).square().sum() / (4 * source.shape[1] ** 2)
+
+
+def covariance(x: Tensor) -> Tensor:
+    """Unbiased, `(B, d)` to `(d, d)`."""
+    centred = x - x.mean(0)
+    return centred.T @ centred / (len(x) - 1)

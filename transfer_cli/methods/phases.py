@@ -1,0 +1,109 @@
+"""What a method asks of the loops: a list of phases. Data only; this file knows no loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A minibatch with labels: class indices `(B,)`, or regression targets `(B, T)`."""
+
+    x: Any
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's minibatches. `target` is inputs alone; a part that the task lacks is None."""
+
+    source: Labelled | None
+    target: Any | None
+    target_labelled: Labelled | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a gradient phase stands: `step` of `steps`, and `p` from 0 (first step) towards 1."""
+
+    step: int
+    steps: int
+
+    @property
+    def p(self) -> float:
+        return self.step / self.steps
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an objective returns: the `terms` whose sum is minimised, and `diagnostics` that are only logged. All 0-dim tensors."""
+
+    terms: dict[str, Tensor]
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Parameters that an update moves, at `lr_scale` times the configured learning rate."""
+
+    parameters: Sequence[nn.Parameter]
+    lr_scale: float = 1.0
+
+    @classmethod
+    def of(cls, *modules: nn.Module, lr_scale: float = 1.0) -> Moves:
+        return cls([p for m in modules for p in m.parameters() if p.requires_grad], lr_scale)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One objective, the parameters it moves and how often it does so with each batch. `objective(batch, progress) -> Losses`."""
+
+    objective: Callable[[Any, Progress], Losses]
+    moves: Sequence[Moves]
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Minibatches of the task's parts; in each step the updates are made in order. `steps=None`: the trainer's.
+
+    `on_start` runs once, before the first step and never on resume; what it changes belongs in the method's state.
+    """
+
+    name: str
+    updates: Sequence[Update]
+    steps: int | None = None
+    on_start: Callable[[], None] | None = None
+    after_step: Callable[[Progress], None] | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """One part of the task after the backbone: `x` `(N, D)` float64 and, where the method may have them, labels."""
+
+    x: Tensor
+    y: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FeatureTask:
+    """The task as a closed-form phase sees it; a part that the task lacks is None."""
+
+    source: Features | None
+    target: Features
+    target_labelled: Features | None
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Fit once on features. `fit(features)` leaves its result in the method's state."""
+
+    name: str
+    fit: Callable[[FeatureTask], None]
+
+
+Phase = Gradient | ClosedForm

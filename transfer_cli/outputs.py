@@ -1,0 +1,153 @@
+"""What a run writes besides its checkpoints and metrics: manifest, result, predictions, samples for the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from transfer_cli import __version__
+from transfer_cli.build import Components
+from transfer_cli.config.identity import Identity, label
+from transfer_cli.config.schema import Config
+from transfer_cli.errors import TransferError
+from transfer_cli.loops.session import Session
+from transfer_cli.run_folder import RunFolder, read_json, write_atomically, write_json
+
+RESULT_SCHEMA = 1
+LIBRARIES = ("torch", "torchvision", "hydra-core", "omegaconf", "gpytorch", "numpy", "scipy", "scikit-learn")
+
+
+def prepare(
+    folder: RunFolder, config: Config, identity: Identity, fingerprints: dict[str, str], device: torch.device
+) -> None:
+    """Write the configuration, the manifest and the status `running`; sweep away temporary files of a process that was killed."""
+    for leftover in folder.path.rglob("*.tmp"):
+        leftover.unlink()
+    write_atomically(folder.config, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+    if not folder.manifest.exists():
+        write_json(
+            folder.manifest,
+            {
+                "identity": identity.hash,
+                "transfer": __version__,
+                "python": platform.python_version(),
+                "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+                "git": git_commit(),
+                "command": ["transfer", *sys.argv[1:]],
+                "host": socket.gethostname(),
+                "platform": platform.platform(),
+                "device": device.type,
+                "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+                "threads": torch.get_num_threads(),
+                "seed": config.seed,
+                "data_seed": config.data_seed,
+                "fingerprints": fingerprints,
+            },
+        )
+    folder.set_status("running")
+
+
+def clear(folder: RunFolder) -> None:
+    """Everything but the lock."""
+    for entry in folder.path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
+
+
+def check_same_ground(folder: RunFolder, fingerprints: dict[str, str], device: torch.device | None) -> None:
+    """Refuse to go on with, or to trust, a run of other data; and to go on with one of another kind of device.
+
+    Raises:
+        TransferError: saying which changed.
+    """
+    manifest = read_json(folder.manifest) or {}
+    recorded = manifest.get("fingerprints", fingerprints)
+    changed = [group for group in fingerprints if recorded.get(group) != fingerprints[group]]
+    if changed:
+        raise TransferError(
+            f"the {' and '.join(changed)} data changed since this run ({folder.path}): force=true runs it again."
+        )
+    if device is not None and manifest.get("device", device.type) != device.type:
+        raise TransferError(
+            f"this run began on {manifest['device']} and cannot go on exactly on {device.type}: "
+            f"set device={manifest['device']}, or force=true to start afresh."
+        )
+
+
+def write_result(
+    session: Session, folder: RunFolder, config: Config, components: Components, *, loaded: float, steps: int
+) -> dict[str, Any]:
+    """Evaluate the session's method (the kept weights); write predictions.npz, features.npz, examples.npz and, last, result.json.
+
+    `loaded`: the seconds that data and model took to build.
+    """
+    fitted, began = session.clock.seconds(), time.perf_counter()
+    evaluator, monitor, task = session.monitor.evaluator, session.monitor, session.task
+    metrics, validators, arrays = evaluator.final(session.method)
+    features, examples = evaluator.samples(session.method)
+    for path, content in ((folder.predictions, arrays), (folder.features, features), (folder.examples, examples)):
+        write_arrays(path, content)
+    seconds = {"load": loaded, "fit": fitted, "evaluate": time.perf_counter() - began}
+    result = {
+        "schema_version": RESULT_SCHEMA,
+        "source": label(components.get("source")),
+        "target": label(components["target"]),
+        "backbone": components["backbone"].name,
+        "method": components["method"].name,
+        "seed": config.seed,
+        "data_seed": config.data_seed,
+        "kind": task.kind,
+        "classes": list(task.label_space.evaluated),
+        "parameters": sum(p.numel() for p in session.method.parameters()),
+        "setting": {
+            "target_labels": config.target_labels,
+            "protocol": config.protocol,
+            "label_space": config.label_space,
+            "source_free": task.source is None,
+        },
+        "metrics": metrics,
+        "selection": {
+            "validator": evaluator.selection,
+            "uses_target_labels": evaluator.uses_target_labels,
+            "step": monitor.chosen_step,
+            "score": monitor.chosen_score,
+            "oracle": {"step": monitor.oracle_step, "score": monitor.oracle_score, "uses_target_labels": True},
+        },
+        "validators": validators,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "steps": steps,
+        "device": str(session.device),
+    }
+    write_json(folder.result, result)
+    return result
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def git_commit() -> str | None:
+    """Of the checkout that the code runs from, `-dirty` where it was changed; None outside one."""
+    where = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
