@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from transfer_cli.backbones.base import Backbone
 from transfer_cli.config.compose import data_root
@@ -14,13 +15,14 @@ from transfer_cli.config.identity import label
 from transfer_cli.config.schema import Config
 from transfer_cli.data.batching import derive_seed
 from transfer_cli.data.domain import Domain, Place, Reader
-from transfer_cli.data.inputs import InputSpec
 from transfer_cli.data.reconcile import reconcile
-from transfer_cli.data.task import Heldout, TransferTask, match_labels, split_pair
+from transfer_cli.data.task import Heldout, TaskShape, TransferTask, match_labels, split_pair
 from transfer_cli.errors import TransferError
+from transfer_cli.loops.checkpoints import read_checkpoint
 from transfer_cli.loops.rng import seed_all
 from transfer_cli.methods.base import Context, Method
 from transfer_cli.registry import Component
+from transfer_cli.run_folder import RunFolder, read_json
 
 Components = Mapping[str, Component]
 
@@ -60,28 +62,32 @@ def pose_problem(config: Config, components: Components) -> Problem:
     return Problem(task, heldout, tuple(notes))
 
 
-def build_method(config: Config, components: Components, task: TransferTask, device: torch.device) -> Method:
+def build_method(
+    config: Config, components: Components, shape: TaskShape, device: torch.device, labels: Tensor | None = None
+) -> Method:
     """The method on its backbone, freshly initialised from the run's seed.
+
+    `labels` `(N, T)`: those of a regression task's training samples, for standardisation; without them (a method that
+    is about to load a checkpoint) placeholders.
 
     Raises:
         TransferError: the task lacks what the method needs.
     """
-    check_needs(components["method"], task)
-    backbone = build_backbone(config, components, task.input)
-    train_labels = [
-        p.labels.float() for p in (task.source, task.target_labelled) if p is not None and task.kind == "regression"
-    ]
-    labels = torch.cat(train_labels) if train_labels else None
+    check_needs(components["method"], shape)
+    seed_all(derive_seed(config.seed, "initialisation"), torch.device("cpu"))
+    backbone: Backbone = components["backbone"].build(shape.input)
+    if labels is None and shape.kind == "regression":
+        labels = torch.zeros(2, shape.target_width)
     context = Context(
         backbone=backbone,
         feature_dim=backbone.out_features,
-        kind=task.kind,
-        num_classes=task.num_classes,
-        source_classes=len(task.label_space.source),
-        has_source=task.source is not None,
-        has_target_labels=task.target_labelled is not None,
-        source_labels_fit_head=task.source_labels_fit_head,
-        target_width=task.target_width,
+        kind=shape.kind,
+        num_classes=len(shape.label_space.classes),
+        source_classes=len(shape.label_space.source),
+        has_source=shape.has_source,
+        has_target_labels=shape.has_target_labels,
+        source_labels_fit_head=shape.source_labels_fit_head,
+        target_width=shape.target_width,
         label_mean=None if labels is None else labels.mean(0),
         label_std=None if labels is None else labels.std(0, correction=0).clamp_min(1e-8),
         bottleneck=config.bottleneck,
@@ -94,29 +100,54 @@ def build_method(config: Config, components: Components, task: TransferTask, dev
     return method
 
 
-def build_backbone(config: Config, components: Components, spec: InputSpec) -> Backbone:
-    seed_all(derive_seed(config.seed, "initialisation"), torch.device("cpu"))
-    backbone: Backbone = components["backbone"].build(spec)
-    return backbone
+def training_labels(task: TransferTask) -> Tensor | None:
+    """Regression targets `(N, T)` that a method may learn from; None in classification."""
+    if task.kind == "classification":
+        return None
+    return torch.cat([part.labels for part in (task.source, task.target_labelled) if part is not None])
 
 
-def check_needs(method: Component, task: TransferTask) -> None:
+def rebuild_method(
+    folder: RunFolder, config: Config, components: Components, device: torch.device
+) -> tuple[Method, TaskShape]:
+    """The method of a finished run with the weights that its selection kept, and the shape of its task.
+
+    Raises:
+        TransferError: no whole checkpoint, or one of another configuration.
+    """
+    path = folder.checkpoints / "best.pt"
+    kept = read_checkpoint(path)
+    if kept is None:
+        raise TransferError(f"{path} is missing or not whole: force=true runs the experiment again.")
+    identity = (read_json(folder.manifest) or {}).get("identity")
+    if kept["identity"] != identity:
+        raise TransferError(f"{path} belongs to another configuration ({kept['identity']}, not {identity}).")
+    shape = TaskShape.restore(kept["task"])
+    backbone = components["backbone"]
+    if "weights" in backbone.parameters:  # the checkpoint has them; the file they came from may be gone
+        backbone = replace(backbone, parameters={**backbone.parameters, "weights": "none"})
+    method = build_method(config, {**components, "backbone": backbone}, shape, device)
+    method.load_state_dict(kept["method"])
+    return method, shape
+
+
+def check_needs(method: Component, shape: TaskShape) -> None:
     """Raises:
     TransferError: naming what is missing and the key that would bring it."""
     needs = method.implementation.needs  # type: ignore[attr-defined]
-    if task.kind not in method.implementation.kinds:  # type: ignore[attr-defined]
-        raise TransferError(f"method {method.name} does not do {task.kind}.")
-    if needs.source_labels and task.source is None:
+    if shape.kind not in method.implementation.kinds:  # type: ignore[attr-defined]
+        raise TransferError(f"method {method.name} does not do {shape.kind}.")
+    if needs.source_labels and not shape.has_source:
         raise TransferError(f"method {method.name} needs a labelled source: set source=NAME.")
-    if needs.source_labels and not task.source_labels_fit_head:
+    if needs.source_labels and not shape.source_labels_fit_head:
         raise TransferError(
-            f"method {method.name} needs a source whose classes are the target's; label_space=separate has none."
+            f"method {method.name} needs a source with the target's classes; label_space=separate has none."
         )
-    if needs.target_labels and task.target_labelled is None:
+    if needs.target_labels and not shape.has_target_labels:
         raise TransferError(
             f"method {method.name} needs target labels: set target_labels=N (a class) or target_labels=all."
         )
-    if needs.any_labels and not task.source_labels_fit_head and task.target_labelled is None:
+    if needs.any_labels and not shape.source_labels_fit_head and not shape.has_target_labels:
         raise TransferError(f"method {method.name} needs labels: set source=NAME or target_labels=N.")
 
 

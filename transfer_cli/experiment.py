@@ -8,7 +8,7 @@ import torch
 
 from transfer_cli import outputs
 from transfer_cli.announce import opening_lines
-from transfer_cli.build import build_method, pose_problem, readers
+from transfer_cli.build import build_method, pose_problem, readers, training_labels
 from transfer_cli.config.compose import resolve_components
 from transfer_cli.config.identity import identify
 from transfer_cli.config.schema import Config
@@ -47,7 +47,7 @@ def run(config: Config) -> RunFolder:
 
         # the domains, the task they pose, the method on its backbone
         problem = pose_problem(config, components)
-        method = build_method(config, components, problem.task, device)
+        method = build_method(config, components, problem.task.shape, device, training_labels(problem.task))
         evaluator = make_evaluator(config, problem.task, problem.heldout, device)
         loaded = time.perf_counter() - began
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -14,38 +15,40 @@ from transfer_cli.config.compose import typed
 from transfer_cli.config.hydra_glue import call_hydra
 from transfer_cli.errors import TransferError
 
-_failures: list[str] = []
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 def main(argv: list[str]) -> int:
-    _failures.clear()
+    """Exit status 0, or 2 where a run of a sweep failed; the error of a single run is raised."""
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    errors: list[Exception] = []
 
     def task(composed: DictConfig) -> None:
-        if HydraConfig.get().mode == RunMode.RUN:
-            _experiment(composed)
-            return
-        _job_of_a_sweep(composed, show_traceback)
+        """Errors are kept instead of raised: Hydra would add lines of its own, and in a sweep lose the other runs."""
+        try:
+            from transfer_cli.experiment import run  # torch comes only now: completion and --cfg answer without it
+
+            run(typed(composed))
+        except Exception as error:
+            errors.append(error)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                _tell(error, HydraConfig.get().overrides.task, show_traceback)
+                if HydraConfig.get().launcher._target_ != BASIC_LAUNCHER:
+                    raise  # another process: only so does the launcher learn of it
 
     call_hydra(task, argv)
-    if _failures:
-        print(f"transfer: {len(_failures)} of the sweep's runs failed; transfer report lists them.", file=sys.stderr)
-    return 2 if _failures else 0
+    if errors and not _is_sweep(argv):
+        raise errors[0]
+    if errors:
+        print(f"transfer: {len(errors)} of the sweep's runs failed; transfer report lists them.", file=sys.stderr)
+    return 2 if errors else 0
 
 
-def _experiment(composed: DictConfig) -> None:
-    from transfer_cli.experiment import run  # torch comes only now: completion and --cfg answer without it
+def _tell(error: Exception, overrides: Sequence[str], show_traceback: bool) -> None:
+    if show_traceback or not isinstance(error, TransferError):
+        traceback.print_exception(error)
+    print(f"transfer: {' '.join(str(error).split())} [{' '.join(overrides)}]", file=sys.stderr)
 
-    run(typed(composed))
 
-
-def _job_of_a_sweep(composed: DictConfig, show_traceback: bool) -> None:
-    """A failing run must not take the others with it: it says why, its status keeps it, the sweep goes on."""
-    try:
-        _experiment(composed)
-    except Exception as error:
-        overrides = " ".join(HydraConfig.get().overrides.task)
-        _failures.append(overrides)
-        if show_traceback or not isinstance(error, TransferError):
-            traceback.print_exc()
-        print(f"transfer: {' '.join(str(error).split())} [{overrides}]", file=sys.stderr)
+def _is_sweep(argv: Sequence[str]) -> bool:
+    return any(a in ("-m", "--multirun") or a == "hydra.mode=MULTIRUN" for a in argv)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from transfer_cli.config.folders import config_folders, names_in
 from transfer_cli.config.schema import COMPONENTS, Config, check
 from transfer_cli.errors import TransferError, suggest
 from transfer_cli.registry import Component, component
+from transfer_cli.run_folder import RunFolder
 
 
 def typed(composed: DictConfig | dict[str, Any]) -> Config:
@@ -42,6 +46,38 @@ def _check_keys(plain: dict[Any, Any], defaults: Any, prefix: str) -> None:
             raise TransferError(f"there is no key '{prefix}{key}'.{suggest(str(key), known)}")
         if is_dataclass(known[key]) and isinstance(value, dict):
             _check_keys(value, known[key], f"{prefix}{key}.")
+
+
+def load_run(path: str) -> tuple[RunFolder, Config]:
+    """A run's folder and its own configuration.
+
+    Raises:
+        TransferError: not a run's folder.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        raise TransferError(f"{path} is not a run's folder: it has no config.yaml. transfer report lists runs.")
+    return folder, typed(yaml.safe_load(folder.config.read_text()))
+
+
+def load_choice(group: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The node of one YAML of a group, `key=value` overrides applied, outside Hydra.
+
+    Raises:
+        TransferError: no such name, or an override that is not `key=value`.
+    """
+    folders = config_folders()
+    path = next((f / group / f"{name}.yaml" for f in folders if (f / group / f"{name}.yaml").is_file()), None)
+    if path is None:
+        options = names_in(group, folders)
+        raise TransferError(f"no {group} named '{name}'.{suggest(name, options)} `transfer list {group}` shows all.")
+    wrong = [o for o in overrides if "=" not in o]
+    if wrong:
+        raise TransferError(f"'{wrong[0]}' is not key=value.")
+    node = {
+        **yaml.safe_load(path.read_text()),
+        **{k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in overrides)},
+    }
 
 
 def resolve_components(config: Config) -> dict[str, Component]:

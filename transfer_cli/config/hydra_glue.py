@@ -17,7 +17,7 @@ import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -46,7 +46,8 @@ def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
     """
     folders = config_folders(arguments)
     OwnFolderFirst.folders = folders[:-1]
-    Plugins.instance().register(OwnFolderFirst)
+    if OwnFolderFirst not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(OwnFolderFirst)
     _store_schema(folders)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands errors on instead of printing them
     sys.argv = ["transfer run", *arguments]
@@ -85,6 +86,8 @@ def explain(error: BaseException, folders: Sequence[Path]) -> str | None:
     inner = chain[-1]
     if isinstance(inner, OmegaConfBaseException):
         return _bad_key(inner, chain)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override '{error.override}': {str(error).splitlines()[0]}."
     if isinstance(error, HydraException):
         return str(error).splitlines()[0]
     return None
@@ -93,8 +96,6 @@ def explain(error: BaseException, folders: Sequence[Path]) -> str | None:
 def _missing(path: str, options: Sequence[str]) -> str:
     group, _, name = path.rpartition("/")
     group = group.removeprefix("/") or "config"
-    if group == "dataset":
-        group = "dataset"
     return f"no {group} named '{name}'.{suggest(name, options)} `transfer list {group}` shows all."
 
 

@@ -6,7 +6,7 @@ Leakage is impossible by construction: `TransferTask.target_unlabelled` is input
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -66,6 +66,37 @@ class LabelSpace:
 
 
 @dataclass(frozen=True)
+class TaskShape:
+    """A task without its data: all that building a method needs, and what a checkpoint keeps of it."""
+
+    kind: Kind
+    label_space: LabelSpace
+    input: InputSpec
+    target_width: int  # regression targets a sample; 0 in classification
+    has_source: bool
+    has_target_labels: bool
+
+    @property
+    def source_labels_fit_head(self) -> bool:
+        return self.has_source and self.label_space.setting != "separate"
+
+    def plain(self) -> dict[str, Any]:
+        """As values that a checkpoint may hold; `restore` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def restore(cls, plain: dict[str, Any]) -> TaskShape:
+        space, spec = plain["label_space"], plain["input"]
+        return cls(
+            **{
+                **plain,
+                "label_space": LabelSpace(space["setting"], tuple(space["source"]), tuple(space["target"])),
+                "input": InputSpec(spec["kind"], tuple(spec["shape"])),
+            }
+        )
+
+
+@dataclass(frozen=True)
 class TransferTask:
     """All that a method and its loops may see.
 
@@ -84,22 +115,13 @@ class TransferTask:
     target_labelled: Part | None
 
     @property
-    def num_classes(self) -> int:
-        return len(self.label_space.classes)
-
-    def describe(self) -> dict[str, Any]:
-        """What rebuilding the method for new samples needs, in plain values."""
-        space = self.label_space
-        return {
-            "kind": self.kind,
-            "label_space": {"setting": space.setting, "source": list(space.source), "target": list(space.target)},
-            "input": {"kind": self.input.kind, "shape": list(self.input.shape)},
-            "target_width": self.target_width,
-        }
+    def source_labels_fit_head(self) -> bool:
+        return self.shape.source_labels_fit_head
 
     @property
-    def source_labels_fit_head(self) -> bool:
-        return self.source is not None and self.label_space.setting != "separate"
+    def shape(self) -> TaskShape:
+        has_source, granted = self.source is not None, self.target_labelled is not None
+        return TaskShape(self.kind, self.label_space, self.input, self.target_width, has_source, granted)
 
 
 @dataclass(frozen=True)

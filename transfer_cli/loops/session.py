@@ -115,7 +115,7 @@ def make_session(
         checkpoints=Checkpoints(folder.checkpoints, identity.hash),
         console=console,
         interrupt=interrupt,
-        monitor=Monitor(evaluator, best, {"identity": identity.hash, "task": task.describe()}, metrics, console),
+        monitor=Monitor(evaluator, best, {"identity": identity.hash, "task": task.shape.plain()}, metrics, console),
         average=average,
     )
 

@@ -1,0 +1,145 @@
+"""`transfer predict RUN_DIR FILES...` or `--dataset NAME`: what a finished run's model says of new samples."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transfer_cli.config.compose import data_root, load_choice, load_run, resolve_components
+from transfer_cli.errors import TransferError
+from transfer_cli.registry import component
+
+if TYPE_CHECKING:
+    from transfer_cli.config.schema import Config
+    from transfer_cli.data.inputs import Inputs, InputSpec
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="transfer predict", description=__doc__)
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("files", nargs="*", help="image files, or .npy files with features, a row a sample")
+    parser.add_argument(
+        "--dataset", nargs="+", metavar=("NAME", "KEY=VALUE"), help="a configured data set, with its keys"
+    )
+    parser.add_argument(
+        "--format", choices=("csv", "jsonl"), default="csv", help="jsonl has the probability of every class"
+    )
+    parser.add_argument("--output", default=None, help="a file instead of standard output")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data-root", default=None)
+    arguments = parser.parse_args(argv)
+    if bool(arguments.files) == bool(arguments.dataset):
+        parser.error("name files, or a data set with --dataset")
+
+    folder, config = load_run(arguments.run)
+    config.data_root = arguments.data_root or config.data_root
+
+    import torch
+
+    from transfer_cli.build import rebuild_method
+    from transfer_cli.data.batching import in_order
+    from transfer_cli.loops.devices import choose_device
+
+    device = choose_device(arguments.device)
+    method, shape = rebuild_method(folder, config, resolve_components(config), device)
+    method.eval()
+    names, inputs = (
+        _dataset(config, arguments.dataset, shape.input) if arguments.dataset else _files(arguments.files, shape.input)
+    )
+
+    with open(arguments.output, "w") if arguments.output else _standard_output() as stream:
+        write = _csv_writer(stream) if arguments.format == "csv" else lambda row: stream.write(json.dumps(row) + "\n")
+        position = 0
+        with torch.inference_mode():
+            for x in in_order(inputs, arguments.batch_size, device, arguments.workers):
+                prediction = method.predict(x)
+                for row in _rows(prediction, shape.label_space.classes, arguments.format == "jsonl"):
+                    write({"sample": names[position], **row})
+                    position += 1
+    return 0
+
+
+def _files(files: Sequence[str], spec: InputSpec) -> tuple[list[str], Inputs]:
+    import numpy as np
+    import torch
+
+    from transfer_cli.data.inputs import ArrayInputs, ImageFiles
+
+    if spec.kind == "image":
+        for file in files:
+            if not file.endswith((".npy", ".npz")):
+                continue
+            raise TransferError(
+                f"{file}: this run was trained on images; name image files, or use --dataset arrays path=..."
+            )
+        return list(files), ImageFiles(list(files), channels=spec.shape[0], size=spec.shape[1])
+    if spec.kind != "vector":
+        raise TransferError(f"this run was trained on {spec}: use --dataset NAME.")
+    names, rows = [], []
+    for file in files:
+        try:
+            array = np.atleast_2d(np.load(file)).astype(np.float32)
+        except (OSError, ValueError) as error:
+            raise TransferError(f"{file}: not an array of features ({error}).") from error
+        if array.shape[1:] != spec.shape:
+            raise TransferError(f"{file}: {array.shape[1]} features a sample, this run was trained on {spec.shape[0]}.")
+        names += [f"{file}:{i}" for i in range(len(array))]
+        rows.append(torch.from_numpy(array))
+    return names, ArrayInputs(torch.cat(rows))
+
+
+def _dataset(config: Config, choice: Sequence[str], spec: InputSpec) -> tuple[list[str], Inputs]:
+    """All samples of a configured data set, its test split alone where it has one."""
+    from transfer_cli.data.domain import Place
+    from transfer_cli.data.reconcile import conform
+
+    chosen = component("dataset", load_choice("dataset", choice[0], choice[1:]), config.plugins)
+    domain = chosen.build(Place(data_root(config), config.download)).load()
+    part = domain.test if domain.test is not None else domain.train
+    if part.inputs.spec.kind != spec.kind:
+        raise TransferError(f"{domain.name} is {part.inputs.spec}; this run was trained on {spec}.")
+    inputs = conform(part.inputs, spec.shape[0], spec.shape[1]) if spec.kind == "image" else part.inputs
+    if inputs.spec.shape != spec.shape:
+        raise TransferError(f"{domain.name} is {inputs.spec}; this run was trained on {spec}.")
+    return list(part.ids), inputs
+
+
+def _rows(prediction: Any, classes: Sequence[str], every_class: bool) -> Iterator[dict[str, Any]]:
+    if prediction.log_probs is not None:
+        for probs in prediction.probs.cpu():
+            best = int(probs.argmax())
+            row = {"class": classes[best], "probability": round(float(probs[best]), 6)}
+            yield {**row, "probabilities": dict(zip(classes, probs.tolist(), strict=False))} if every_class else row
+        return
+    for mean, variance in zip(prediction.mean.cpu(), prediction.variance.cpu(), strict=True):
+        yield {f"mean_{i}": float(m) for i, m in enumerate(mean)} | {
+            f"std_{i}": float(v) ** 0.5 for i, v in enumerate(variance)
+        }
+
+
+def _csv_writer(stream: Any) -> Any:
+    writer: list[csv.DictWriter[str]] = []
+
+    def write(row: dict[str, Any]) -> None:
+        if not writer:
+            writer.append(csv.DictWriter(stream, fieldnames=list(row), lineterminator="\n"))
+            writer[0].writeheader()
+        writer[0].writerow(row)
+
+    return write
+
+
+class _standard_output:
+    """Standard output as a context that leaves it open."""
+
+    def __enter__(self) -> Any:
+        return sys.stdout
+
+    def __exit__(self, *exception: object) -> None:
+        sys.stdout.flush()

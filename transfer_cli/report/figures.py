@@ -1,0 +1,246 @@
+"""A run's figures, drawn from its files alone: learning curves, and the predictions on the target test set. Never torch.
+
+The same files give the same bytes. Matplotlib is imported on use and without pyplot, whose state is global.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transfer_cli.report.runs import HEADLINE
+from transfer_cli.run_folder import RunFolder, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curves = dict[str, dict[str, tuple[list[int], list[float]]]]  # split -> name -> steps, values
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe & Ito 2008
+TARGET, CHOSEN, FAINT = "#d55e00", "#222222", "#888888"
+DPI = 120
+NAMED_CLASSES = 30  # beyond them neither names nor numbers fit
+POINTS = 300  # with an interval each, for every output
+OUTPUTS = 4
+NORMAL_95 = 1.959964  # half-width of a Gaussian's 95 % interval, in standard deviations
+
+
+def draw_figures(folder: RunFolder) -> None:
+    """Write `figures/learning_curves.png` (where a curve has two points) and `figures/confusion_target_test.png`, or in
+    regression `figures/predicted_target_test.png`."""
+    import numpy as np
+
+    result, curves = read_json(folder.result), _read_curves(folder)
+    folder.figures.mkdir(exist_ok=True)
+    if any(len(set(steps)) > 1 for split in curves.values() for steps, _ in split.values()):
+        _save(_learning_curves(curves, result), folder, "learning_curves.png")
+    with np.load(folder.predictions) as arrays:
+        test = {key.removeprefix("target_test_"): arrays[key] for key in arrays.files if key.startswith("target_test_")}
+    if result["kind"] == "classification":
+        _save(_confusion(test, result), folder, "confusion_target_test.png")
+    else:
+        _save(_predicted(test, result), folder, "predicted_target_test.png")
+
+
+def _read_curves(folder: RunFolder) -> Curves:
+    curves: Curves = defaultdict(dict)
+    if folder.metrics.exists():
+        with folder.metrics.open() as file:
+            for event in map(json.loads, file):
+                for name, value in event["values"].items():
+                    steps, values = curves[event["split"]].setdefault(name, ([], []))
+                    steps.append(event["step"])
+                    values.append(value)
+    return curves
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, folder: RunFolder, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
+        figure.savefig(folder.figures / name, metadata={"Software": None})
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    return f"{result['source']} → {result['target']}    {result['method']}, {result['backbone']}, seed {result['seed']}"
+
+
+def _learning_curves(curves: Curves, result: Mapping[str, Any]) -> Figure:
+    panels = [panel for panel, split in PANELS.items() if curves.get(split)]
+    figure = _figure(8, 0.6 + 2.3 * len(panels))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        panel(axis, curves[PANELS[panel]], result)
+        axis.axvline(result["selection"]["step"], color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+        axis.grid(color="#e6e6e6", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.03))
+    _name_chosen_step(axes[0], result["selection"]["step"])
+    axes[-1].set_xlabel("step", fontsize=9)
+    figure.suptitle(_title(result), fontsize=10, parse_math=False)
+    return figure
+
+
+def _name_chosen_step(axis: Axes, step: int) -> None:
+    low, high = axis.get_xlim()
+    side = "right" if step > (low + high) / 2 else "left"
+    axis.annotate(
+        f" kept: step {step:,} ",
+        (step, 1.0),
+        xycoords=("data", "axes fraction"),
+        fontsize=7.5,
+        color=CHOSEN,
+        ha=side,
+        va="bottom",
+    )
+
+
+def _lines(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], **style: Any) -> None:
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        marker = "." if len(steps) < 30 else None
+        axis.plot(
+            steps,
+            values,
+            label=name.replace("_", " "),
+            **{"color": COLOURS[i % len(COLOURS)], "linewidth": 1.3, "marker": marker, **style},
+        )
+
+
+def _train_panel(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], result: Mapping[str, Any]) -> None:
+    _lines(axis, curves)
+    everything = [value for _, values in curves.values() for value in values]
+    if min(everything) > 0 and max(everything) > 50 * min(everything):
+        axis.set_yscale("log")
+    axis.set_ylabel("training", fontsize=9)
+
+
+def _validator_panel(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], result: Mapping[str, Any]) -> None:
+    chooser = result["selection"]["validator"]
+    others = {name: curve for name, curve in curves.items() if name != chooser}
+    if chooser in curves:
+        _lines(axis, {f"{chooser} (chooses)": curves[chooser]}, linewidth=2)
+    for i, (name, curve) in enumerate(others.items()):
+        _lines(axis, {name: curve}, color=COLOURS[(i + 1) % len(COLOURS)], alpha=0.6, linewidth=1)
+    axis.set_ylabel("validators", fontsize=9)
+
+
+def _target_panel(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], result: Mapping[str, Any]) -> None:
+    selection, headline = result["selection"], HEADLINE[result["kind"]]
+    steps, values = curves[headline]
+    scale, unit = (100, "accuracy, %") if headline == "accuracy" else (1, "RMSE")
+    use = "used for selection" if selection["uses_target_labels"] else "not used for selection"
+    _lines(axis, {f"target test\n({use})": (steps, [scale * v for v in values])}, color=TARGET, linewidth=1.6)
+    at = dict(zip(steps, values, strict=True))  # where two phases meet in a step, the later one
+    for step, label, fill in ((selection["oracle"]["step"], "best by target labels", "white"), (selection["step"], "kept", TARGET)):
+        if step in at:
+            axis.plot(
+                [step], [scale * at[step]], "o", markersize=7, markerfacecolor=fill, color=TARGET, label=label, zorder=4
+            )
+    axis.set_ylabel(unit, fontsize=9)
+
+
+PANELS = {_train_panel: "train", _validator_panel: "validators", _target_panel: "target_test"}
+
+
+def _confusion(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Figure:
+    import numpy as np
+
+    labels, guesses = test["labels"].astype(int), test["probs"].argmax(1)
+    names = [_shortened(str(name)) for name in result["classes"]]
+    k = max(len(names), int(labels.max()) + 1, test["probs"].shape[1])
+    counts = np.zeros((k, k))
+    np.add.at(counts, (labels, guesses), 1)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+    named = k <= NAMED_CLASSES
+    side = min(max(3.2, 0.36 * k + 1.2), 10) if named else 7
+    figure = _figure(side + 1.2, side + 0.6)
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axis, fraction=0.046, pad=0.02)
+    bar.set_label("share of the true class, %", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    if named:
+        ticks = [*names, *(str(i) for i in range(len(names), k))]
+        upright = max(map(len, ticks)) <= 3
+        axis.set_xticks(range(k), ticks, fontsize=8, rotation=0 if upright else 90, parse_math=False)
+        axis.set_yticks(range(k), ticks, fontsize=8, parse_math=False)
+        _write_cells(axis, shares, fontsize=8 if k <= 12 else 6.5)
+    else:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axis.tick_params(length=0)
+    axis.set_xlabel("predicted class" if named else f"predicted class ({k})", fontsize=9)
+    axis.set_ylabel("true class" if named else f"true class ({k})", fontsize=9)
+    accuracy = 100 * float((labels == guesses).mean())
+    axis.set_title(f"{_title(result)}\ntarget test, {len(labels):,} samples, accuracy {accuracy:.1f} %", fontsize=9, parse_math=False)
+    return figure
+
+
+def _shortened(name: str, longest: int = 18) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def _write_cells(axis: Axes, shares: np.ndarray, fontsize: float) -> None:
+    """Whole percents; a cell below a half is left empty."""
+    for (i, j), share in _cells(shares):
+        if share >= 0.5:
+            axis.text(
+                j, i, f"{share:.0f}", ha="center", va="center", fontsize=fontsize, color="white" if share > 55 else "#333333"
+            )
+
+
+def _cells(shares: np.ndarray) -> Iterator[tuple[tuple[int, int], float]]:
+    for i, row in enumerate(shares):
+        for j, share in enumerate(row):
+            yield (i, j), float(share)
+
+
+def _predicted(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Figure:
+    """Predicted mean against true value with 95 % intervals, a panel for each of the first outputs."""
+    import numpy as np
+
+    labels, mean, sigma = (_columns(a) for a in (test["labels"], test["mean"], np.sqrt(test["variance"])))
+    outputs = min(labels.shape[1], OUTPUTS)
+    figure = _figure(4.6 * outputs + 0.4, 4.9)
+    axes = figure.subplots(1, outputs, squeeze=False)[0]
+    shown = np.unique(np.linspace(0, len(labels) - 1, min(POINTS, len(labels))).astype(int))
+    for t, axis in enumerate(axes):
+        true, guess, half = labels[:, t], mean[:, t], NORMAL_95 * sigma[:, t]
+        order = np.argsort(true, kind="stable")[shown]  # spread evenly over the true values
+        axis.errorbar(
+            true[order], guess[order], half[order], fmt="none", ecolor=COLOURS[0], alpha=0.28, elinewidth=0.9, label="95 % interval"
+        )
+        axis.plot(true[order], guess[order], ".", color=COLOURS[0], markersize=4, label="mean")
+        ends = [float(min(true.min(), guess[order].min())), float(max(true.max(), guess[order].max()))]
+        axis.plot(ends, ends, color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)), label="predicted = true")
+        inside = 100 * float((np.abs(true - guess) <= half).mean())
+        name = f"output {t}: " if outputs > 1 else ""
+        axis.set_title(f"{name}{inside:.1f} % of {len(true):,} inside their interval", fontsize=8.5)
+        axis.set_xlabel("true", fontsize=9)
+        axis.set_ylabel("predicted", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=7.5, frameon=False, loc="upper left")
+    figure.suptitle(f"{_title(result)}\ntarget test", fontsize=10, parse_math=False)
+    return figure
+
+
+def _columns(values: np.ndarray) -> np.ndarray:
+    return values.reshape(len(values), -1)

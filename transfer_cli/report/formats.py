@@ -1,0 +1,125 @@
+"""The table of many runs as text, Markdown or CSV. Standard library only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from transfer_cli.report.runs import SEEDS, Record
+from transfer_cli.report.tables import Cell, Table
+
+TITLE = {
+    "classification": "accuracy on the target test set, %: mean ± standard deviation (runs)",
+    "regression": "RMSE on the target test set: mean ± standard deviation (runs)",
+}
+CSV_METRIC = {"classification": "accuracy_percent", "regression": "rmse"}
+
+
+def as_text(tables: Sequence[Table], records: Sequence[Record]) -> str:
+    parts = [_text_table(table) for table in tables]
+    for title, lines in _remarks(tables, records):
+        parts.append("\n".join([title, *(f"  {line}" for line in lines)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_markdown(tables: Sequence[Table], records: Sequence[Record]) -> str:
+    parts = [_markdown_table(table) for table in tables]
+    for title, lines in _remarks(tables, records):
+        parts.append("\n".join([f"{title}:", "", *(f"- {line}" for line in lines)]) if lines else f"{title}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(tables: Sequence[Table], records: Sequence[Record]) -> str:
+    """One line a cell, unrounded; what is not finished is left out."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(
+        [
+            "method",
+            "settings",
+            "oracle",
+            "source",
+            "target",
+            "metric",
+            "mean",
+            "std",
+            "runs",
+            *(f"{key}s" for key in SEEDS),
+        ]
+    )
+    for table in tables:
+        for row in table.rows:
+            for pair in table.pairs:
+                cell = table.cells.get((row, pair))
+                if cell is not None:
+                    std = "" if math.isnan(cell.std) else cell.std
+                    seeds = (
+                        " ".join(str(seed) for seed in each) for each in zip(*(r.seeds for r in cell.runs), strict=True)
+                    )
+                    name = [row.method, " ".join(row.told), str(row.oracle).lower(), *pair]
+                    writer.writerow([*name, CSV_METRIC[table.kind], cell.mean, std, len(cell.runs), *seeds])
+    return file.getvalue()
+
+
+FORMATS: dict[str, Callable[[Sequence[Table], Sequence[Record]], str]] = {
+    "text": as_text,
+    "md": as_markdown,
+    "csv": as_csv,
+}
+
+
+def _text_table(table: Table) -> str:
+    names = [str(row) for row in table.rows]
+    columns = [["", *names]] + [
+        [source, "-> " + target, *(_text(table.cells.get((row, (source, target))), table.kind) for row in table.rows)]
+        for source, target in table.pairs
+    ]
+    columns[0].insert(0, "")
+    widths = [max(len(text) for text in column) for column in columns]
+    lines = [
+        "   ".join(f"{t:{w}}" for t, w in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*columns, strict=True)
+    ]
+    return "\n".join([TITLE[table.kind], " ".join(table.common), "", *lines])
+
+
+def _markdown_table(table: Table) -> str:
+    header = ["method", *(f"{source} -> {target}" for source, target in table.pairs)]
+    lines = [header, ["---", *("---:" for _ in table.pairs)]]
+    for row in table.rows:
+        lines.append([str(row), *(_text(table.cells.get((row, pair)), table.kind) for pair in table.pairs)])
+    rows = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
+    return "\n".join([f"{TITLE[table.kind]}. {' '.join(f'`{text}`' for text in table.common)}", "", *rows])
+
+
+def _text(cell: Cell | None, kind: str) -> str:
+    if cell is None:
+        return "-"
+    digits = 1 if kind == "classification" else _decimals(cell.mean)
+    std = "" if math.isnan(cell.std) else f" ± {cell.std:.{digits}f}"
+    return f"{cell.mean:.{digits}f}{std} ({len(cell.runs)})"
+
+
+def _decimals(value: float) -> int:
+    """Those that show four significant digits."""
+    return min(8, max(0, 3 - math.floor(math.log10(abs(value))))) if value and math.isfinite(value) else 1
+
+
+def _remarks(tables: Sequence[Table], records: Sequence[Record]) -> Iterator[tuple[str, list[str]]]:
+    """What a reader of the table must know besides."""
+    failed = [f"{r.path}  {r.error or 'no reason was recorded'}" for r in records if r.state == "failed"]
+    unfinished = [f"{r.path}  {r.state}" for r in records if r.state not in ("failed", "finished")]
+    older = [str(path) for table in tables for path in table.older]
+    if any(row.oracle for table in tables for row in table.rows):
+        yield "(oracle): target test labels chose the checkpoint, so these are upper bounds, not results", []
+    if failed:
+        yield "failed (retry_failed=true runs them again)", failed
+    if unfinished:
+        yield "unfinished (the same command goes on with an interrupted run)", unfinished
+    if older:
+        yield (
+            "left out: the same settings and seeds have a newer run, of another version of a component or a file",
+            older,
+        )

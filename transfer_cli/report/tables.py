@@ -1,0 +1,224 @@
+"""What runs came to, in figures: the lines that end one run, and the table of many. Standard library only.
+
+A cell of the table averages runs that differ in their seeds and in nothing else. A row is named by its method and, where
+that is not enough, by the settings that tell it apart, written as on the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from transfer_cli.errors import TransferError
+from transfer_cli.report.runs import DATA, DEFAULT_FOLDER, HEADLINE, Record, Run, damage, short
+
+# Told in every row as soon as they differ anywhere in the table; other settings where they differ within a pair.
+MAIN_SETTINGS = ("backbone", "target_labels", "protocol", "label_space", "selection")
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+def result_lines(result: Mapping[str, Any] | None, path: Path) -> list[str]:
+    """The lines that end a run: its figures, where its checkpoint comes from, its folder.
+
+    Raises:
+        TransferError: `result` is not what this version writes.
+    """
+    if (problem := damage(result)) or result is None:
+        raise TransferError(f"{problem} in {path}: force=true runs it again.")
+    figures = _classification_figures if result["kind"] == "classification" else _regression_figures
+    metrics = {split: result["metrics"].get(split) for split in ("source_test", "target_test")}
+    rows = {split: figures(values) for split, values in metrics.items() if values}
+    widths = {name: max(5, len(name), *(len(row[name]) for row in rows.values())) for name in rows["target_test"]}
+    lines = ["             " + "".join(f"  {name:>{width}}" for name, width in widths.items())]
+    for split, row in rows.items():
+        lines.append(
+            f"{split.replace('_', ' '):13}" + "".join(f"  {row[name]:>{width}}" for name, width in widths.items())
+        )
+    return [*lines, _checkpoint_line(result), _folder_line(path)]
+
+
+def _classification_figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {
+        "accuracy": _percent(metrics["accuracy"]),
+        "macro-F1": _percent(metrics["macro_f1"]),
+        "NLL": f"{metrics['nll']:.3f}",
+        "ECE": f"{metrics['ece']:.3f}",
+    }
+
+
+def _regression_figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {
+        "RMSE": f"{metrics['rmse']:.4g}",
+        "R²": f"{metrics['r2']:.3f}",
+        "NLL": f"{metrics['nll']:.3f}",
+        "CRPS": f"{metrics['crps']:.4g}",
+        "95 % coverage": _percent(metrics["coverage_95"]),
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _checkpoint_line(result: Mapping[str, Any]) -> str:
+    selection, oracle = result["selection"], result["selection"]["oracle"]
+    if not result["steps"]:
+        return "checkpoint: the closed-form fit, with nothing to choose from"
+    step = f"checkpoint: step {selection['step']:,}"
+    if selection["uses_target_labels"]:
+        return f"{step}, chosen by {selection['validator']} with target labels: an upper bound, not a result"
+    last = selection["validator"] == "last"
+    how = "the last" if last else f"chosen by {selection['validator']} without target labels"
+    headline = HEADLINE[result["kind"]]
+    best = abs(oracle["score"])  # accuracy, or minus the RMSE
+    if oracle["step"] == selection["step"] or math.isclose(
+        best, result["metrics"]["target_test"][headline], rel_tol=1e-6
+    ):
+        return f"{step}, {how} (target labels would have found none better)"
+    shown = _percent(best) if headline == "accuracy" else f"RMSE {best:.4g}"
+    return f"{step}, {how} (the best by target labels would have been step {oracle['step']:,}, {shown})"
+
+
+def _folder_line(path: Path) -> str:
+    runs = path.parent.parent
+    argument = "" if runs.resolve() == DEFAULT_FOLDER.resolve() else f" {short(runs)}"
+    return f"{short(path)}        next: transfer report{argument}"
+
+
+class Row(NamedTuple):
+    """`told`: the settings that tell it apart, as `key=value`; `oracle`: target labels chose its checkpoints."""
+
+    method: str
+    told: tuple[str, ...]
+    oracle: bool
+
+    def __str__(self) -> str:
+        return " ".join([self.method, *(["(oracle)"] if self.oracle else []), *self.told])
+
+
+class Cell(NamedTuple):
+    mean: float
+    std: float  # of the sample; nan where there is one run
+    runs: tuple[Run, ...]
+
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`common`: the main settings that all runs share, as `key=value`. `older`: runs left out because the same settings and
+    seeds were run again since, with another version of a component."""
+
+    kind: str
+    pairs: list[Pair]
+    rows: list[Row]
+    cells: Mapping[tuple[Row, Pair], Cell]
+    common: list[str]
+    older: list[Path]
+
+
+def aggregate(records: Iterable[Record]) -> list[Table]:
+    """A table for each kind of task among the finished runs."""
+    by_kind = _grouped((r.run for r in records if r.run is not None), lambda run: run.kind)
+    return [_table(kind, _tell_pairs_apart(by_kind[kind])) for kind in sorted(by_kind)]
+
+
+def _table(kind: str, runs: Sequence[Run]) -> Table:
+    told = _told_settings(runs)
+    newest: dict[tuple[Row, Pair, tuple[int, ...]], Run] = {}
+    for run in sorted(runs, key=lambda run: (run.time, run.path)):
+        newest[_row(run, told), run.pair, run.seeds] = run
+    cells = _grouped(sorted(newest), lambda key: (key[0], key[1]))
+    kept = {run.path for run in newest.values()}
+    return Table(
+        kind,
+        pairs=sorted({run.pair for run in runs}),
+        rows=sorted({row for row, _ in cells}, key=_order),
+        cells={key: _cell(tuple(newest[k] for k in keys)) for key, keys in cells.items()},
+        common=_written(runs[0].settings[""], set(MAIN_SETTINGS) - told[""]),
+        older=[run.path for run in runs if run.path not in kept],
+    )
+
+
+def _cell(runs: tuple[Run, ...]) -> Cell:
+    n = len(runs)
+    mean = math.fsum(run.figure for run in runs) / n
+    variance = math.fsum((run.figure - mean) ** 2 for run in runs) / (n - 1) if n > 1 else math.nan
+    return Cell(mean, math.sqrt(variance), runs)
+
+
+def _tell_pairs_apart(runs: Sequence[Run]) -> list[Run]:
+    """Data of one name with other parameters (`path`, ...) make another pair: what differs enters the name."""
+    named = []
+    for group in _grouped(runs, lambda run: run.pair).values():
+        differing = {side: _differing(run.settings[side] for run in group) for side in DATA}
+        for run in group:
+            source, target = (
+                " ".join([label, *_written(run.settings[side], differing[side], side + ".")])
+                for side, label in zip(DATA, run.pair, strict=True)
+            )
+            named.append(replace(run, pair=(source, target)))
+    return named
+
+
+def _told_settings(runs: Sequence[Run]) -> dict[str, set[str]]:
+    """By owner, the keys that rows must tell so that no two configurations of a pair share a cell."""
+    told: dict[str, set[str]] = defaultdict(set)
+    for group in _grouped(runs, lambda run: run.pair).values():
+        for owner in {owner for run in group for owner in run.settings} - set(DATA):
+            told[owner] |= _differing(run.settings[owner] for run in group if owner in run.settings)
+    told[""] |= _differing({key: run.settings[""].get(key) for key in MAIN_SETTINGS} for run in runs)
+    told[""].discard("method")
+    return told
+
+
+def _differing(settings: Iterable[Mapping[str, Any]]) -> set[str]:
+    several = list(settings)
+    return {key for one in several for key in one if len({other.get(key) for other in several}) > 1}
+
+
+def _row(run: Run, told: Mapping[str, set[str]]) -> Row:
+    written = []
+    for owner, settings in run.settings.items():
+        if owner not in DATA:
+            written += _written(settings, told.get(owner, set()) - ({"selection"} if run.oracle else set()))
+    return Row(run.method, tuple(written), run.oracle)
+
+
+def _written(settings: Mapping[str, Any], keys: set[str], prefix: str = "") -> list[str]:
+    """`key=value` as on the command line, without `prefix`; the main settings first."""
+    main = [key for key in MAIN_SETTINGS if key in keys]
+    ordered = [*main, *sorted(keys - set(main))]
+    return [f"{key.removeprefix(prefix)}={_value(settings[key])}" for key in ordered if key in settings]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(_value(v) for v in value)}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    groups: dict[K, list[T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """The baseline first, the oracle's choices after the honest ones, numbers by size."""
+    return (row.method != "source_only", row.method, row.oracle, [_natural(text) for text in row.told])
+
+
+def _natural(text: str) -> tuple[str, float, str]:
+    key, _, value = text.partition("=")
+    try:
+        return key, float(value), ""
+    except ValueError:
+        return key, math.inf, value
