@@ -51,7 +51,7 @@ def run(config: Config) -> RunFolder:
         evaluator = make_evaluator(config, problem.task, problem.heldout, device)
         loaded = time.perf_counter() - began
 
-        outputs.prepare(folder, config, identity, fingerprints, device)
+        outputs.prepare(folder, config, components, identity, fingerprints, device)
         console.log_to(folder.log)
         for line in opening_lines(config, components, problem, method, device):
             console.say(line)

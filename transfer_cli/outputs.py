@@ -20,28 +20,35 @@ import yaml
 
 from transfer_cli import __version__
 from transfer_cli.build import Components
-from transfer_cli.config.identity import Identity, label
+from transfer_cli.config.identity import MACHINERY_VERSION, Identity, label
 from transfer_cli.config.schema import Config
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.session import Session
-from transfer_cli.run_folder import RunFolder, read_json, write_atomically, write_json
+from transfer_cli.run_folder import RESULT_SCHEMA, RunFolder, read_json, write_atomically, write_json
 
-RESULT_SCHEMA = 1
 LIBRARIES = ("torch", "torchvision", "hydra-core", "omegaconf", "gpytorch", "numpy", "scipy", "scikit-learn")
 
 
 def prepare(
-    folder: RunFolder, config: Config, identity: Identity, fingerprints: dict[str, str], device: torch.device
+    folder: RunFolder,
+    config: Config,
+    components: Components,
+    identity: Identity,
+    fingerprints: dict[str, str],
+    device: torch.device,
 ) -> None:
     """Write the configuration, the manifest and the status `running`; sweep away temporary files of a process that was killed."""
     for leftover in folder.path.rglob("*.tmp"):
         leftover.unlink()
-    write_atomically(folder.config, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+    kept = {**asdict(config), "force": False, "retry_failed": False}  # words to one start, not to the run
+    write_atomically(folder.config, yaml.safe_dump(kept, sort_keys=False).encode())
     if not folder.manifest.exists():
         write_json(
             folder.manifest,
             {
                 "identity": identity.hash,
+                "components": {group: {"name": c.name, "version": c.version} for group, c in components.items()},
+                "machinery": MACHINERY_VERSION,
                 "transfer": __version__,
                 "python": platform.python_version(),
                 "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -124,6 +131,7 @@ def write_result(
         "selection": {
             "validator": evaluator.selection,
             "uses_target_labels": evaluator.uses_target_labels,
+            "candidates": monitor.candidates,
             "step": monitor.chosen_step,
             "score": monitor.chosen_score,
             "oracle": {"step": monitor.oracle_step, "score": monitor.oracle_score, "uses_target_labels": True},

@@ -15,6 +15,9 @@ from typing import Any
 
 from transfer_cli.errors import TransferError
 
+RESULT_SCHEMA = 1  # of result.json
+HEADLINE = {"classification": "accuracy", "regression": "rmse"}  # the figure of a kind of task that tables show
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -46,13 +49,16 @@ class RunFolder:
         )
 
     def is_locked(self) -> bool:
+        """Whether another process holds the folder (for onlookers; the holder must not ask, closing the file would free it)."""
         try:
-            with open(self.path / "lock", "rb+") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (FileNotFoundError, PermissionError):
-            return False
+            file = open(self.path / "lock", "rb+")  # noqa: SIM115
         except OSError:
-            return True
+            return False
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
         return False
 
     @contextmanager

@@ -14,8 +14,8 @@ from transfer_cli.report.tables import aggregate
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="transfer report",
-        description="Mean and standard deviation over seeds of the figures on the target test set, a row for each method "
-        "(and setting, where several were run), a column for each pair; then the runs that failed or did not finish.",
+        description="Mean and standard deviation over seeds of the figures on the target test set, a row for each "
+        "method (and setting, where several were run), a column for each pair; then the runs that failed or did not finish.",
     )
     parser.add_argument(
         "paths",

@@ -74,7 +74,7 @@ def load_choice(group: str, name: str, overrides: Sequence[str]) -> dict[str, An
     wrong = [o for o in overrides if "=" not in o]
     if wrong:
         raise TransferError(f"'{wrong[0]}' is not key=value.")
-    node = {
+    return {
         **yaml.safe_load(path.read_text()),
         **{k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in overrides)},
     }

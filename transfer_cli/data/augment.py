@@ -20,6 +20,7 @@ class Augment:
         rotate: largest rotation.
         translate: largest shift along each axis.
         scale: `[low, high]` factor of the object's size, log-uniform.
+        stretch: largest relative change of width against height.
         shear: largest shear along each axis.
         flip: probability of a horizontal flip.
         crop_area: `[low, high]` share of the area that is cropped and resized back (Inception's random resized crop).
@@ -37,6 +38,7 @@ class Augment:
         rotate: float = 0.0,
         translate: float = 0.0,
         scale: list[float] | None = None,
+        stretch: float = 0.0,
         shear: float = 0.0,
         flip: float = 0.0,
         crop_area: list[float] | None = None,
@@ -51,9 +53,10 @@ class Augment:
     ) -> None:
         self.rotate, self.translate, self.scale, self.shear, self.flip = rotate, translate, scale, shear, flip
         self.crop_area, self.crop_ratio, self.elastic = crop_area, crop_ratio, elastic
+        self.stretch = stretch
         self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
         self.noise, self.erase, self.domains = noise, erase, domains
-        self.geometric = bool(rotate or translate or scale or shear or flip or crop_area or elastic)
+        self.geometric = bool(rotate or translate or scale or stretch or shear or flip or crop_area or elastic)
         self.photometric = bool(brightness or contrast or saturation or noise or erase)
 
     def applies_to(self, domain: str) -> bool:
@@ -96,6 +99,9 @@ class Augment:
             width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
             shift_x = shift_x + (1 - width) * between(-1, 1)
             shift_y = shift_y + (1 - height) * between(-1, 1)
+        if self.stretch:
+            aspect = torch.exp(0.5 * between(-math.log1p(self.stretch), math.log1p(self.stretch)))
+            width, height = width / aspect, height * aspect
         cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
         row_x = torch.stack([(cos - sin * shear_y) * width * mirror, (cos * shear_x - sin) * height, shift_x], 1)
         row_y = torch.stack([(sin + cos * shear_y) * width * mirror, (sin * shear_x + cos) * height, shift_y], 1)

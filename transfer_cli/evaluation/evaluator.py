@@ -16,9 +16,10 @@ from transfer_cli.data.batching import derive_seed, in_order
 from transfer_cli.data.inputs import ArrayInputs, Inputs
 from transfer_cli.data.task import Heldout, TransferTask
 from transfer_cli.errors import TransferError
-from transfer_cli.evaluation.metrics import HEADLINE, score
+from transfer_cli.evaluation.metrics import score
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.evaluation.validators import VALIDATORS, WITHOUT_A_SCORE, Validator, View, applicable, load_validator
+from transfer_cli.run_folder import HEADLINE
 
 SAMPLE = 500  # samples a domain whose features are kept for the report
 EXAMPLES = 64  # samples a domain whose inputs are kept

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
 
-HEADLINE = {"classification": "accuracy", "regression": "rmse"}
-
 
 def score(kind: str, prediction: Prediction, labels: Tensor) -> dict[str, float]:
     """All metrics of the task's kind."""

@@ -186,5 +186,9 @@ def _log(record: StepRecord, losses: set[str], phase: Gradient, session: Session
         ) from None
     if values:
         step = place.steps_before + done
-        session.metrics.write(step=step, phase=phase.name, split="train", values=values)
+        terms = {name: value for name, value in values.items() if name in losses}
+        session.metrics.write(step=step, phase=phase.name, split="train", values=terms)
+        if len(terms) < len(values):
+            others = {name: value for name, value in values.items() if name not in losses}
+            session.metrics.write(step=step, phase=phase.name, split="diagnostics", values=others)
         session.console.advance(done, values)

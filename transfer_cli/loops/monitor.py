@@ -29,6 +29,7 @@ class Monitor:
         )
         self.chosen_step, self.chosen_score = -1, -math.inf
         self.oracle_step, self.oracle_score = -1, -math.inf
+        self.candidates = 0
 
     def observe(self, method: Method, step: int, phase: str, candidate: bool) -> None:
         """Evaluate at `step`; where `candidate`, keep the weights if they score at least as well as any before."""
@@ -39,6 +40,7 @@ class Monitor:
         self.console.milestone(phase, step, {self.evaluator.selection: look.score, f"target {name}": quality})
         if not candidate:
             return
+        self.candidates += 1
         if look.score >= self.chosen_score or self.chosen_step < 0:
             self.chosen_step, self.chosen_score = step, look.score
             self.best.parent.mkdir(exist_ok=True)
@@ -52,6 +54,7 @@ class Monitor:
             "chosen_score": self.chosen_score,
             "oracle_step": self.oracle_step,
             "oracle_score": self.oracle_score,
+            "candidates": self.candidates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

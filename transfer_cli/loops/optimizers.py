@@ -12,7 +12,7 @@ Groups = list[dict[str, Any]]
 
 
 def sgd(
-    groups: Groups, *, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True
+    groups: Groups, *, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 1e-3, nesterov: bool = True
 ) -> Optimizer:
     return torch.optim.SGD(
         groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True

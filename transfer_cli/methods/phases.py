@@ -55,7 +55,8 @@ class Moves:
 
     @classmethod
     def of(cls, *modules: nn.Module, lr_scale: float = 1.0) -> Moves:
-        return cls([p for m in modules for p in m.parameters() if p.requires_grad], lr_scale)
+        """All trainable parameters of the modules, each once."""
+        return cls(list(dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad)), lr_scale)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A run's figures, drawn from its files alone: learning curves, and the predictions on the target test set. Never torch.
+"""A run's figures, drawn from its files alone: learning curves, and predictions on the target test set. Never torch.
 
 The same files give the same bytes. Matplotlib is imported on use and without pyplot, whose state is global.
 """
@@ -8,22 +8,23 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from transfer_cli.report.runs import HEADLINE
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import HEADLINE, RunFolder, read_json
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Curves = dict[str, dict[str, tuple[list[int], list[float]]]]  # split -> name -> steps, values
+Curve = tuple[list[int], list[float]]  # steps, values
+Curves = dict[str, dict[str, Curve]]  # split -> name -> curve
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe & Ito 2008
 TARGET, CHOSEN, FAINT = "#d55e00", "#222222", "#888888"
-DPI = 120
+DPI = 110
+INCHES_A_CHARACTER = 0.08  # of a class name, generously
 NAMED_CLASSES = 30  # beyond them neither names nor numbers fit
 POINTS = 300  # with an interval each, for every output
 OUTPUTS = 4
@@ -35,10 +36,10 @@ def draw_figures(folder: RunFolder) -> None:
     regression `figures/predicted_target_test.png`."""
     import numpy as np
 
-    result, curves = read_json(folder.result), _read_curves(folder)
+    result, (curves, phases) = read_json(folder.result), _read_events(folder)
     folder.figures.mkdir(exist_ok=True)
     if any(len(set(steps)) > 1 for split in curves.values() for steps, _ in split.values()):
-        _save(_learning_curves(curves, result), folder, "learning_curves.png")
+        _save(_learning_curves(curves, phases, result), folder, "learning_curves.png")
     with np.load(folder.predictions) as arrays:
         test = {key.removeprefix("target_test_"): arrays[key] for key in arrays.files if key.startswith("target_test_")}
     if result["kind"] == "classification":
@@ -47,70 +48,73 @@ def draw_figures(folder: RunFolder) -> None:
         _save(_predicted(test, result), folder, "predicted_target_test.png")
 
 
-def _read_curves(folder: RunFolder) -> Curves:
+def _read_events(folder: RunFolder) -> tuple[Curves, dict[str, int]]:
+    """The curves, and the last step of each phase, in their order."""
     curves: Curves = defaultdict(dict)
+    phases: dict[str, int] = {}
     if folder.metrics.exists():
         with folder.metrics.open() as file:
             for event in map(json.loads, file):
+                phases[event["phase"]] = event["step"]
                 for name, value in event["values"].items():
                     steps, values = curves[event["split"]].setdefault(name, ([], []))
                     steps.append(event["step"])
                     values.append(value)
-    return curves
+    return curves, phases
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def _save(figure: Figure, folder: RunFolder, name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script that the font lacks
-        figure.savefig(folder.figures / name, metadata={"Software": None})
+        # The canvas's own method draws once; Figure.savefig draws twice where there is a layout.
+        FigureCanvasAgg(figure).print_png(folder.figures / name, metadata={"Software": None})
 
 
 def _title(result: Mapping[str, Any]) -> str:
     return f"{result['source']} → {result['target']}    {result['method']}, {result['backbone']}, seed {result['seed']}"
 
 
-def _learning_curves(curves: Curves, result: Mapping[str, Any]) -> Figure:
+def _learning_curves(curves: Curves, phases: Mapping[str, int], result: Mapping[str, Any]) -> Figure:
     panels = [panel for panel, split in PANELS.items() if curves.get(split)]
-    figure = _figure(8, 0.6 + 2.3 * len(panels))
+    figure = _figure(9, 0.6 + 2.2 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
         panel(axis, curves[PANELS[panel]], result)
         axis.axvline(result["selection"]["step"], color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+        for end in list(phases.values())[:-1]:
+            axis.axvline(end, color=FAINT, linewidth=0.8, linestyle=":", zorder=1)
         axis.grid(color="#e6e6e6", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.03))
-    _name_chosen_step(axes[0], result["selection"]["step"])
+    if len(phases) > 1:
+        _name_phases(axes[0], phases)
     axes[-1].set_xlabel("step", fontsize=9)
     figure.suptitle(_title(result), fontsize=10, parse_math=False)
     return figure
 
 
-def _name_chosen_step(axis: Axes, step: int) -> None:
-    low, high = axis.get_xlim()
-    side = "right" if step > (low + high) / 2 else "left"
-    axis.annotate(
-        f" kept: step {step:,} ",
-        (step, 1.0),
-        xycoords=("data", "axes fraction"),
-        fontsize=7.5,
-        color=CHOSEN,
-        ha=side,
-        va="bottom",
-    )
+def _name_phases(axis: Axes, phases: Mapping[str, int]) -> None:
+    start = 0
+    for name, end in phases.items():
+        if end > start:
+            middle = ((start + end) / 2, 1.01)
+            axis.annotate(
+                name, middle, xycoords=("data", "axes fraction"), fontsize=7.5, color=FAINT, ha="center", va="bottom"
+            )
+        start = end
 
 
-def _lines(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], **style: Any) -> None:
+def _lines(axis: Axes, curves: Mapping[str, Curve], **style: Any) -> None:
     for i, (name, (steps, values)) in enumerate(curves.items()):
         marker = "." if len(steps) < 30 else None
         axis.plot(
@@ -121,15 +125,22 @@ def _lines(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], **st
         )
 
 
-def _train_panel(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], result: Mapping[str, Any]) -> None:
+def _train_panel(axis: Axes, curves: Mapping[str, Curve], result: Mapping[str, Any]) -> None:
     _lines(axis, curves)
     everything = [value for _, values in curves.values() for value in values]
     if min(everything) > 0 and max(everything) > 50 * min(everything):
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # the default sets powers of ten as formulas, which takes long
+        axis.yaxis.set_minor_formatter("")
     axis.set_ylabel("training", fontsize=9)
 
 
-def _validator_panel(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], result: Mapping[str, Any]) -> None:
+def _diagnostics_panel(axis: Axes, curves: Mapping[str, Curve], result: Mapping[str, Any]) -> None:
+    _lines(axis, curves)
+    axis.set_ylabel("diagnostics", fontsize=9)
+
+
+def _validator_panel(axis: Axes, curves: Mapping[str, Curve], result: Mapping[str, Any]) -> None:
     chooser = result["selection"]["validator"]
     others = {name: curve for name, curve in curves.items() if name != chooser}
     if chooser in curves:
@@ -139,22 +150,29 @@ def _validator_panel(axis: Axes, curves: Mapping[str, tuple[list[int], list[floa
     axis.set_ylabel("validators", fontsize=9)
 
 
-def _target_panel(axis: Axes, curves: Mapping[str, tuple[list[int], list[float]]], result: Mapping[str, Any]) -> None:
+def _target_panel(axis: Axes, curves: Mapping[str, Curve], result: Mapping[str, Any]) -> None:
     selection, headline = result["selection"], HEADLINE[result["kind"]]
     steps, values = curves[headline]
     scale, unit = (100, "accuracy, %") if headline == "accuracy" else (1, "RMSE")
     use = "used for selection" if selection["uses_target_labels"] else "not used for selection"
     _lines(axis, {f"target test\n({use})": (steps, [scale * v for v in values])}, color=TARGET, linewidth=1.6)
     at = dict(zip(steps, values, strict=True))  # where two phases meet in a step, the later one
-    for step, label, fill in ((selection["oracle"]["step"], "best by target labels", "white"), (selection["step"], "kept", TARGET)):
+    marks = {selection["oracle"]["step"]: ("best by target labels", "white")}
+    also = "\n(best by target labels too)" if selection["step"] in marks else ""
+    marks[selection["step"]] = (f"kept: step {selection['step']:,}{also}", TARGET)
+    for step, (label, fill) in marks.items():
         if step in at:
-            axis.plot(
-                [step], [scale * at[step]], "o", markersize=7, markerfacecolor=fill, color=TARGET, label=label, zorder=4
-            )
+            point = ([step], [scale * at[step]], "o")
+            axis.plot(*point, markersize=7, markerfacecolor=fill, color=TARGET, label=label, zorder=4)
     axis.set_ylabel(unit, fontsize=9)
 
 
-PANELS = {_train_panel: "train", _validator_panel: "validators", _target_panel: "target_test"}
+PANELS = {
+    _train_panel: "train",
+    _diagnostics_panel: "diagnostics",
+    _validator_panel: "validators",
+    _target_panel: "target_test",
+}
 
 
 def _confusion(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Figure:
@@ -178,7 +196,7 @@ def _confusion(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Fig
     bar.outline.set_visible(False)
     if named:
         ticks = [*names, *(str(i) for i in range(len(names), k))]
-        upright = max(map(len, ticks)) <= 3
+        upright = INCHES_A_CHARACTER * max(map(len, ticks)) < side / k
         axis.set_xticks(range(k), ticks, fontsize=8, rotation=0 if upright else 90, parse_math=False)
         axis.set_yticks(range(k), ticks, fontsize=8, parse_math=False)
         _write_cells(axis, shares, fontsize=8 if k <= 12 else 6.5)
@@ -188,8 +206,8 @@ def _confusion(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Fig
     axis.tick_params(length=0)
     axis.set_xlabel("predicted class" if named else f"predicted class ({k})", fontsize=9)
     axis.set_ylabel("true class" if named else f"true class ({k})", fontsize=9)
-    accuracy = 100 * float((labels == guesses).mean())
-    axis.set_title(f"{_title(result)}\ntarget test, {len(labels):,} samples, accuracy {accuracy:.1f} %", fontsize=9, parse_math=False)
+    caption = f"target test, {len(labels):,} samples, accuracy {100 * float((labels == guesses).mean()):.1f} %"
+    axis.set_title(f"{_title(result)}\n{caption}", fontsize=9, parse_math=False)
     return figure
 
 
@@ -201,9 +219,9 @@ def _write_cells(axis: Axes, shares: np.ndarray, fontsize: float) -> None:
     """Whole percents; a cell below a half is left empty."""
     for (i, j), share in _cells(shares):
         if share >= 0.5:
-            axis.text(
-                j, i, f"{share:.0f}", ha="center", va="center", fontsize=fontsize, color="white" if share > 55 else "#333333"
-            )
+            colour = "white" if share > 55 else "#333333"
+            text = axis.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=fontsize, color=colour)
+            text.set_in_layout(False)  # it lies inside the axes anyway, and the layout takes long over each
 
 
 def _cells(shares: np.ndarray) -> Iterator[tuple[tuple[int, int], float]]:
@@ -224,9 +242,9 @@ def _predicted(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Fig
     for t, axis in enumerate(axes):
         true, guess, half = labels[:, t], mean[:, t], NORMAL_95 * sigma[:, t]
         order = np.argsort(true, kind="stable")[shown]  # spread evenly over the true values
-        axis.errorbar(
-            true[order], guess[order], half[order], fmt="none", ecolor=COLOURS[0], alpha=0.28, elinewidth=0.9, label="95 % interval"
-        )
+        points = (true[order], guess[order], half[order])
+        style = {"fmt": "none", "ecolor": COLOURS[0], "alpha": 0.28, "elinewidth": 0.9, "label": "95 % interval"}
+        axis.errorbar(*points, **style)
         axis.plot(true[order], guess[order], ".", color=COLOURS[0], markersize=4, label="mean")
         ends = [float(min(true.min(), guess[order].min())), float(max(true.max(), guess[order].max()))]
         axis.plot(ends, ends, color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)), label="predicted = true")

@@ -10,11 +10,9 @@ from typing import Any
 
 from transfer_cli.config.schema import COMPONENTS, OUTSIDE_IDENTITY, Config
 from transfer_cli.errors import TransferError
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import HEADLINE, RESULT_SCHEMA, RunFolder, read_json
 
 DEFAULT_FOLDER = Path("outputs") / "runs"
-RESULT_SCHEMA = 1
-HEADLINE = {"classification": "accuracy", "regression": "rmse"}
 DATA = ("source", "target")
 SEEDS = ("seed", "data_seed")
 
@@ -26,8 +24,8 @@ class Run:
     """A finished run.
 
     `settings`: by owner, the keys and hashable values that determine the figures, seeds apart. The owner `""` has what
-    every run has, the components' names among it; an owner such as `optimizer=sgd` that component's parameters, and `source`
-    and `target` those of the data.
+    every run has, the components' names among it; an owner such as `optimizer=sgd` that component's parameters, and
+    `source` and `target` those of the data.
     """
 
     path: Path
@@ -105,6 +103,10 @@ def _read(folder: RunFolder) -> Record:
 def _run(path: Path, time: str, result: Mapping[str, Any], config: Mapping[str, Any]) -> Run:
     settings = _settings(config)
     settings[""]["selection"] = result["selection"]["validator"]  # where `auto` is configured: what it chose
+    manifest = read_json(RunFolder(path).manifest) or {}
+    for group, component in manifest.get("components", {}).items():  # runs of two versions are not one row
+        settings[""][f"{group}.version"] = component["version"]
+    settings[""]["machinery"] = manifest.get("machinery")
     figure = float(result["metrics"]["target_test"][HEADLINE[result["kind"]]])
     return Run(
         path=path,

@@ -1,7 +1,7 @@
 """What runs came to, in figures: the lines that end one run, and the table of many. Standard library only.
 
-A cell of the table averages runs that differ in their seeds and in nothing else. A row is named by its method and, where
-that is not enough, by the settings that tell it apart, written as on the command line.
+A cell of the table averages runs that differ in their seeds and in nothing else. A row is named by its method and,
+where that is not enough, by the settings that tell it apart, written as on the command line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from transfer_cli.errors import TransferError
-from transfer_cli.report.runs import DATA, DEFAULT_FOLDER, HEADLINE, Record, Run, damage, short
+from transfer_cli.report.runs import DATA, DEFAULT_FOLDER, Record, Run, damage, short
+from transfer_cli.run_folder import HEADLINE
 
 # Told in every row as soon as they differ anywhere in the table; other settings where they differ within a pair.
 MAIN_SETTINGS = ("backbone", "target_labels", "protocol", "label_space", "selection")
@@ -67,8 +68,9 @@ def _percent(share: float) -> str:
 
 def _checkpoint_line(result: Mapping[str, Any]) -> str:
     selection, oracle = result["selection"], result["selection"]["oracle"]
-    if not result["steps"]:
-        return "checkpoint: the closed-form fit, with nothing to choose from"
+    if selection["candidates"] == 1:
+        what = f"step {selection['step']:,}" if selection["step"] else "the closed-form fit"
+        return f"checkpoint: {what}, with nothing to choose from"
     step = f"checkpoint: step {selection['step']:,}"
     if selection["uses_target_labels"]:
         return f"{step}, chosen by {selection['validator']} with target labels: an upper bound, not a result"
@@ -112,8 +114,8 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Table:
-    """`common`: the main settings that all runs share, as `key=value`. `older`: runs left out because the same settings and
-    seeds were run again since, with another version of a component."""
+    """`common`: the main settings that all runs share, as `key=value`. `older`: runs left out because the same settings
+    and seeds were run again since, with another version of a component."""
 
     kind: str
     pairs: list[Pair]
@@ -141,7 +143,7 @@ def _table(kind: str, runs: Sequence[Run]) -> Table:
         pairs=sorted({run.pair for run in runs}),
         rows=sorted({row for row, _ in cells}, key=_order),
         cells={key: _cell(tuple(newest[k] for k in keys)) for key, keys in cells.items()},
-        common=_written(runs[0].settings[""], set(MAIN_SETTINGS) - told[""]),
+        common=_written(min(runs, key=lambda run: run.oracle).settings[""], set(MAIN_SETTINGS) - told[""]),
         older=[run.path for run in runs if run.path not in kept],
     )
 
@@ -174,7 +176,8 @@ def _told_settings(runs: Sequence[Run]) -> dict[str, set[str]]:
         for owner in {owner for run in group for owner in run.settings} - set(DATA):
             told[owner] |= _differing(run.settings[owner] for run in group if owner in run.settings)
     told[""] |= _differing({key: run.settings[""].get(key) for key in MAIN_SETTINGS} for run in runs)
-    told[""].discard("method")
+    told[""] -= {"method", "selection"}  # a row begins with its method, and the oracle's are marked
+    told[""] |= _differing({"selection": run.settings[""]["selection"]} for run in runs if not run.oracle)
     return told
 
 

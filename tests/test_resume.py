@@ -1,0 +1,240 @@
+"""A run that was stopped, in whatever way and moment, ends bit-identical to one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, Outcome
+from PIL import Image
+
+from transfer_cli import cli
+from transfer_cli.data.batching import Stream
+
+Transfer = Callable[..., Outcome]
+
+IN_MEMORY = [*SMALL, "method=dann", "trainer.log_every=7", "trainer.ema=0.9"]
+
+
+def outcome_of(run: Path) -> dict[str, Any]:
+    """All that must not depend on interruptions."""
+    last = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    result = json.loads((run / "result.json").read_text())
+    del result["seconds"], last["parts"]["clock"]
+    return {
+        "last": flat(last),
+        "best": flat(best),
+        "result": result,
+        "metrics": (run / "metrics.jsonl").read_text(),
+        "predictions": (run / "predictions.npz").read_bytes(),
+        "leftovers": [p.name for p in run.rglob("*.tmp")],
+    }
+
+
+def flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and tensors as one dictionary of comparable values."""
+    if isinstance(content, dict):
+        return {k: v for key, value in content.items() for k, v in flat(value, f"{prefix}/{key}").items()}
+    return {prefix: content.numpy().tobytes() if isinstance(content, torch.Tensor) else repr(content)}
+
+
+def assert_same(run: Path, expected: dict[str, Any]) -> None:
+    found = outcome_of(run)
+    assert found["leftovers"] == []
+    for part in ("last", "best"):
+        assert [k for k in expected[part] if expected[part][k] != found[part].get(k)] == [], part
+    assert found == expected
+
+
+@pytest.fixture
+def folder_of_images(tmp_path: Path) -> list[str]:
+    """Overrides for a pair of small folders of pictures, read by workers."""
+    draw = np.random.default_rng(0)
+    for domain in ("a", "b"):
+        for c, name in enumerate(("dark", "light", "striped")):
+            (tmp_path / domain / name).mkdir(parents=True)
+            for i in range(40):
+                pixels = draw.integers(0, 100, (20, 24, 3)) + 70 * c
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / domain / name / f"{i}.png")
+    return [
+        "source=image_folder", f"source.path={tmp_path}/a", "target=image_folder", f"target.path={tmp_path}/b",
+        "image.size=16", "image.storage=files", "augment=photo", "method=source_only", "threads=1", "device=cpu",
+        "trainer.steps=12", "trainer.batch_size=16", "trainer.eval_every=6", "trainer.checkpoint_every=3", "trainer.log_every=4",
+    ]  # fmt: skip
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal at the `call`-th batch of the source."""
+    original, seen = Stream.indices, [0]
+
+    def indices(self: Stream, step: int) -> torch.Tensor:
+        if self.name == "source":
+            seen[0] += 1
+            if seen[0] == call:
+                signal.raise_signal(number)
+        return original(self, step)
+
+    monkeypatch.setattr(Stream, "indices", indices)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_the_run_goes_on_exactly(
+    transfer: Transfer, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    whole = transfer("run", *IN_MEMORY)
+    expected = outcome_of(whole.run)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, number)
+        stopped = transfer("run", *IN_MEMORY, "force=true")
+    assert stopped.code == code
+    assert not (whole.run / "result.json").exists()
+    position = torch.load(whole.run / "checkpoints" / "last.pt", weights_only=True)["position"]
+    assert position["step"] == 13  # between two intervals of the log
+    again = transfer("run", *IN_MEMORY)
+    assert again.code == 0 and "going on at step 13/40" in again.out
+    assert_same(again.run, expected)
+
+
+def test_several_phases_and_granted_labels_resume(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [
+        *SMALL,
+        "method=finetune",
+        "target_labels=4",
+        "method.l2_sp=0.1",
+        "method.source_steps=10",
+        "trainer.steps=15",
+    ]
+    expected = outcome_of(transfer("run", *chosen).run)
+    transfer_stops = [4, 12]  # in the first gradient phase, and in the last
+    for i, call in enumerate(transfer_stops):
+        with monkeypatch.context() as patch:
+            stop_at(patch, call)
+            assert transfer("run", *chosen, *(["force=true"] if i == 0 else [])).code == 143
+    assert_same(transfer("run", *chosen).run, expected)
+
+
+def test_another_number_of_workers_changes_nothing(
+    transfer: Transfer, monkeypatch: pytest.MonkeyPatch, folder_of_images: list[str]
+) -> None:
+    expected = outcome_of(transfer("run", *folder_of_images, "workers=0").run)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert transfer("run", *folder_of_images, "workers=0", "force=true").code == 143
+    assert_same(transfer("run", *folder_of_images, "workers=2").run, expected)
+    assert_same(transfer("run", *folder_of_images, "workers=1", "force=true").run, expected)
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_previous(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = transfer("run", *IN_MEMORY, "trainer.checkpoint_every=5")
+    expected = outcome_of(whole.run)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        transfer("run", *IN_MEMORY, "trainer.checkpoint_every=5", "force=true")
+    last = whole.run / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:2000])
+    again = transfer("run", *IN_MEMORY, "trainer.checkpoint_every=5")
+    assert again.code == 0 and "going on at step 10/40" in again.out
+    assert_same(whole.run, expected)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = transfer("run", *SMALL, "seed=5")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13)
+        transfer("run", *SMALL)
+    run = next(p for p in other.run.parent.iterdir() if p != other.run)
+    (run / "checkpoints" / "last.pt").write_bytes((other.run / "checkpoints" / "last.pt").read_bytes())
+    refused = transfer("run", *SMALL)
+    assert refused.code == 2 and "another configuration" in refused.err and "force=true" in refused.err
+
+
+def test_a_sweep_typed_again_finishes_only_what_is_missing(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = ["-m", *SMALL, "method=source_only,dann", "seed=0,1", "trainer.steps=10"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10 + 4)  # in the second run
+        assert transfer("run", *sweep).code == 143
+    again = transfer("run", *sweep)
+    assert again.code == 0
+    assert again.out.count("finished before") == 1 and again.out.count("going on at step 4/10") == 1
+    once_more = transfer("run", *sweep)
+    assert once_more.out.count("finished before") == 4
+
+
+def in_a_child(arguments: list[str], seconds: float, number: int) -> int:
+    """Run `transfer run` in a forked process, send it a signal after so long, and wait; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        code = 1
+        try:
+            code = cli._main(["run", *arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            os._exit(code)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def storm(transfer: Transfer, chosen: list[str], workers: list[int], kills: int) -> tuple[int, int]:
+    """Kill runs at random moments, half by SIGKILL and half by SIGTERM, and check that each ends as if untouched.
+
+    Returns how many signals struck a process that was still at work, of each kind.
+    """
+    expected = outcome_of(transfer("run", *chosen).run)
+    began = time.monotonic()
+    run = transfer("run", *chosen, "force=true").run
+    duration = time.monotonic() - began
+    draw, struck = random.Random(0), {signal.SIGKILL: 0, signal.SIGTERM: 0}
+    for i in range(kills):
+        number = signal.SIGKILL if i % 2 else signal.SIGTERM
+        overrides = [*chosen, f"workers={draw.choice(workers)}", "force=true"]
+        for _ in range(2):  # each run is struck twice
+            code = in_a_child(overrides, draw.uniform(0, duration), number)
+            struck[number] += code != 0
+            overrides = [*chosen, f"workers={draw.choice(workers)}"]
+        finished = transfer("run", *overrides)
+        assert finished.code == 0, finished.err
+        assert_same(run, expected)
+    return struck[signal.SIGKILL], struck[signal.SIGTERM]
+
+
+needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork of POSIX")
+
+
+@needs_fork
+def test_killed_at_random_moments(transfer: Transfer) -> None:
+    assert sum(storm(transfer, IN_MEMORY, [0, 2], kills=2)) >= 1
+
+
+@needs_fork
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_in_memory(transfer: Transfer) -> None:
+    killed, terminated = storm(transfer, IN_MEMORY, [0, 1, 2], kills=40)
+    assert killed >= 20 and terminated >= 20, (killed, terminated)
+
+
+@needs_fork
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_with_workers(transfer: Transfer, folder_of_images: list[str]) -> None:
+    killed, terminated = storm(transfer, folder_of_images, [0, 1, 2], kills=40)
+    assert killed >= 20 and terminated >= 20, (killed, terminated)
