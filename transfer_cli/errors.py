@@ -13,8 +13,9 @@ class TransferError(Exception):
 
 def suggest(word: str, options: Iterable[str]) -> str:
     """` Did you mean 'x'?`, or the empty string where nothing comes close."""
-    close = get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    names = {str(option).lower(): str(option) for option in options}
+    close = get_close_matches(str(word).lower(), names, n=1, cutoff=0.5)
+    return f" Did you mean '{names[close[0]]}'?" if close else ""
 
 
 def check_choice(value: Any, options: Iterable[str], key: str) -> str:

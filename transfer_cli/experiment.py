@@ -51,17 +51,18 @@ def run(config: Config) -> RunFolder:
         evaluator = make_evaluator(config, problem.task, problem.heldout, device)
         loaded = time.perf_counter() - began
 
+        interrupt = Interrupt()
+        session = make_session(
+            config, components, problem.task, method, evaluator, folder, identity, device, console, interrupt
+        )
+
         outputs.prepare(folder, config, components, identity, fingerprints, device)
         console.log_to(folder.log)
         for line in opening_lines(config, components, problem, method, device):
             console.say(line)
-        interrupt = Interrupt()
         try:
             with interrupt.watching():
                 # the method's phases
-                session = make_session(
-                    config, components, problem.task, method, evaluator, folder, identity, device, console, interrupt
-                )
                 steps = run_phases(session)
 
                 # held-out source and target, with the weights that the selection kept

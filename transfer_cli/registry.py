@@ -162,6 +162,9 @@ def _fits_one(value: Any, annotation: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
+    if origin is tuple and Ellipsis not in arguments:  # a pair and its like
+        same = isinstance(value, list | tuple) and len(value) == len(arguments)
+        return same and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
     if origin in (list, Sequence, tuple) or annotation in (list, tuple):
         items = [a for a in arguments if a is not Ellipsis]
         return isinstance(value, list | tuple) and all(not items or any(_fits(v, a) for a in items) for v in value)

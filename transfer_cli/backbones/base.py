@@ -45,6 +45,14 @@ class Backbone(nn.Module):
         """Its parts from input to output, by name: for freezing and layer-wise learning rates."""
         return dict(self.named_children())
 
+    def stage_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter by stage; one outside all stages (a vision transformer's class token) goes with the first."""
+        parameters = {name: list(stage.parameters()) for name, stage in self.stages().items()}
+        inside = {p for stage in parameters.values() for p in stage}
+        if parameters:
+            next(iter(parameters.values())).extend(p for p in self.parameters() if p not in inside)
+        return parameters
+
     def freeze(self, up_to: str) -> None:
         """Freeze `none`, `all`, or the stages up to and including one (`up-to-layer2`): no gradient, BatchNorm statistics fixed.
 
@@ -64,8 +72,10 @@ class Backbone(nn.Module):
                 )
             names = names[: names.index(last) + 1]
         self._frozen = [stages[n] for n in names]
-        for module in self._frozen:
-            module.requires_grad_(False)
+        parameters = self.stage_parameters()
+        for name, module in zip(names, self._frozen, strict=True):
+            for parameter in parameters[name]:
+                parameter.requires_grad_(False)
             module.eval()
 
     def train(self, mode: bool = True) -> Backbone:

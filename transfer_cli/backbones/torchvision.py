@@ -115,7 +115,8 @@ class Torchvision(Backbone):
 
 def _construction(model: str, spec: InputSpec, weights: str) -> dict[str, Any]:
     if model in ("googlenet", "inception_v3"):
-        return {"aux_logits": False, "init_weights": weights == "none"}
+        # torchvision's own weights of these two were trained behind another normalisation, which the network then applies.
+        return {"aux_logits": False, "init_weights": weights == "none", "transform_input": weights == "imagenet"}
     if model.startswith("vit_") and spec.shape[1] != 224 and weights == "none":
         return {"image_size": spec.shape[1]}
     return {}
@@ -141,7 +142,9 @@ def _remove(model: nn.Module, name: str) -> int:
 
 
 def _small_stem(network: Any, name: str) -> None:
-    if hasattr(network, "conv1") and hasattr(network, "maxpool"):  # ResNet, ResNeXt, Wide ResNet
+    if isinstance(getattr(network, "conv1", None), nn.Conv2d) and hasattr(
+        network, "maxpool"
+    ):  # ResNet, ResNeXt, Wide ResNet
         network.conv1 = _same_but(network.conv1, kernel=3, stride=1)
         network.maxpool = nn.Identity()
     elif hasattr(network, "features") and hasattr(network.features, "conv0"):  # DenseNet

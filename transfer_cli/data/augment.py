@@ -7,6 +7,7 @@ All geometry (rotation, shift, scale, shear, flip, crop, bending) is one map and
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,11 @@ class Augment:
         *,
         rotate: float = 0.0,
         translate: float = 0.0,
-        scale: list[float] | None = None,
+        scale: tuple[float, float] | None = None,
         stretch: float = 0.0,
         shear: float = 0.0,
         flip: float = 0.0,
-        crop_area: list[float] | None = None,
+        crop_area: tuple[float, float] | None = None,
         crop_ratio: float = 1.0,
         elastic: float = 0.0,
         brightness: float = 0.0,
@@ -49,7 +50,7 @@ class Augment:
         saturation: float = 0.0,
         noise: float = 0.0,
         erase: float = 0.0,
-        domains: str = "both",
+        domains: Literal["both", "source", "target"] = "both",
     ) -> None:
         self.rotate, self.translate, self.scale, self.shear, self.flip = rotate, translate, scale, shear, flip
         self.crop_area, self.crop_ratio, self.elastic = crop_area, crop_ratio, elastic

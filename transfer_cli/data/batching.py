@@ -35,6 +35,15 @@ def to_model(x: Tensor | Padded, device: torch.device, channels_last: bool = Fal
     return x
 
 
+def check_batch_size(batch_size: int, name: str, samples: int) -> None:
+    """Raises:
+    TransferError: there are too few samples to fill one batch."""
+    if batch_size > samples:
+        raise TransferError(
+            f"trainer.batch_size={batch_size} is larger than the {samples} {name} samples: set it to {samples} or less."
+        )
+
+
 class Stream:
     """Endless shuffled minibatches of one part of a task."""
 
@@ -51,10 +60,7 @@ class Stream:
         workers: int = 0,
         channels_last: bool = False,
     ) -> None:
-        if batch_size > len(inputs):
-            raise TransferError(
-                f"trainer.batch_size={batch_size} is larger than the {len(inputs)} {name} samples: set it to {len(inputs)} or less."
-            )
+        check_batch_size(batch_size, name, len(inputs))
         self.name, self.batch_size, self.seed, self.device, self.workers = name, batch_size, seed, device, workers
         self.channels_last = channels_last
         # Small sets move to the device once, as they are kept (uint8).

@@ -38,26 +38,21 @@ def reconcile(
         TransferError: kinds or widths that nothing can reconcile.
     """
     domains = [d for d in (source, target) if d is not None]
-    specs = {d.name: d.train.inputs.spec for d in domains}
-    kinds = {spec.kind for spec in specs.values()}
+    specs = [d.train.inputs.spec for d in domains]
+    told = ", ".join(f"{d.name} is {s}" for d, s in zip(domains, specs, strict=True))
+    kinds = {spec.kind for spec in specs}
     if len(kinds) > 1:
-        raise TransferError(
-            "source and target differ in kind: " + ", ".join(f"{n} is {s}" for n, s in specs.items()) + "."
-        )
+        raise TransferError(f"source and target differ in kind: {told}.")
     if kinds != {"image"}:
-        if len({spec.shape for spec in specs.values()}) > 1:
-            raise TransferError(
-                "source and target differ in width: " + ", ".join(f"{n} is {s}" for n, s in specs.items()) + "."
-            )
+        if len({spec.shape for spec in specs}) > 1:
+            raise TransferError(f"source and target differ in width: {told}.")
         return source, target, []
-    sides = [side for d in domains for side in d.train.inputs.spec.shape[1:]]
+    sides = [side for spec in specs for side in spec.shape[1:]]
     size = image.size if image.size != "auto" else wants.preferred_size or max(*sides, wants.minimum_size)
     if size == 1:
         size = 224  # files of any size, and a backbone that takes any
     channels = (
-        image.channels
-        if image.channels != "auto"
-        else wants.preferred_channels or max(s.shape[0] for s in specs.values())
+        image.channels if image.channels != "auto" else wants.preferred_channels or max(s.shape[0] for s in specs)
     )
     plan = ImagePlan(size, channels, image.storage, image.memory_limit_mb * 2**20, cache)
     notes = []

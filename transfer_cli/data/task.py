@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfer_cli.data.batching import derive_seed
 from transfer_cli.data.domain import Domain, Kind, Part
 from transfer_cli.data.inputs import Inputs, InputSpec
 from transfer_cli.errors import TransferError
@@ -138,6 +139,10 @@ def match_labels(source: Domain | None, target: Domain, setting: str) -> LabelSp
     Raises:
         TransferError: the names do not fit the stated setting; the message says which setting would.
     """
+    if source is not None and source.kind != target.kind:
+        raise TransferError(
+            f"{source.name} is for {source.kind} and {target.name} for {target.kind}: they cannot be paired."
+        )
     space = LabelSpace(setting, source.classes if source else (), target.classes)
     if source is None or target.kind == "regression":
         return space
@@ -178,11 +183,11 @@ def split_pair(
     data_seed: int,
 ) -> tuple[TransferTask, Heldout]:
     """Draw splits, subsets and granted target samples, all a function of `data_seed` and, but for the grants, blind to labels."""
-    if source is not None and source.kind != target.kind:
-        raise TransferError(
-            f"{source.name} is for {source.kind} and {target.name} for {target.kind}: they cannot be paired."
-        )
-    draw = torch.Generator().manual_seed(data_seed)
+    if source is not None and source.train.labels.shape[1:] != target.train.labels.shape[1:]:
+        widths = (f"{d.name} has {d.train.labels.shape[1]}" for d in (source, target))
+        raise TransferError(f"source and target differ in the number of regression targets: {', '.join(widths)}.")
+    # One generator a domain: what is drawn of the target does not depend on the source or its subset.
+    draw = torch.Generator().manual_seed(derive_seed(data_seed, "source"))
     source_train = source_val = source_test = None
     if source is not None:
         source_train, source_test = _train_test(source, test_share, draw)
@@ -191,6 +196,7 @@ def split_pair(
         source_train, source_val = _hold_out(source_train, validation_share, draw)
         _check_every_class(source, source_train)
 
+    draw = torch.Generator().manual_seed(derive_seed(data_seed, "target"))
     if protocol == "transductive":
         target_train = _limit(target.train, subset["target"], draw)
         labelled, rest = _grant(target_train, target_labels, target, draw)
@@ -260,6 +266,8 @@ def _grant(part: Part, budget: Any, target: Domain, draw: torch.Generator) -> tu
         return part, part.take(torch.empty(0, dtype=torch.int64))
     order = torch.randperm(len(part), generator=draw)
     if target.kind == "regression":
+        if budget > len(part):
+            raise TransferError(f"target_labels={budget}: {target.name} has only {len(part)} training samples.")
         chosen = order[:budget]
     else:
         labels = part.labels[order]

@@ -50,11 +50,16 @@ class StepRecord:
             return {}
         columns = self._columns()
         table = torch.stack(list(columns.values())).float().cpu()  # (terms, steps)
-        for name, row in zip(columns, table, strict=True):
-            bad = (~torch.isfinite(row)).nonzero()
-            if name in losses and len(bad):
-                step = last_step - len(row) + int(bad[0]) + 1
-                raise TransferError(f"the loss term '{name}' became {float(row[bad[0]])} at step {step}")
+        bad = [
+            (i, name, row[i])
+            for name, row in zip(columns, table, strict=True)
+            if name in losses
+            for i in _not_finite(row)
+        ]
+        if bad:
+            i, name, value = min(bad, key=lambda b: b[0])  # one bad term soon spoils the others
+            step = last_step - table.shape[1] + i + 1
+            raise TransferError(f"the loss term '{name}' became {float(value)} at step {step}")
         self._steps = []
         means = {name: float(row.mean()) for name, row in zip(columns, table, strict=True)}
         return {name: value if math.isfinite(value) else 0.0 for name, value in means.items()}
@@ -68,3 +73,7 @@ class StepRecord:
 
     def _columns(self) -> dict[str, Tensor]:
         return {name: torch.stack([step[name].detach() for step in self._steps]) for name in self._steps[0]}
+
+
+def _not_finite(row: Tensor) -> list[int]:
+    return (~torch.isfinite(row)).nonzero()[:1, 0].tolist()

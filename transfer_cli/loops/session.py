@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transfer_cli.config.identity import Identity
 from transfer_cli.config.schema import Config, Trainer
 from transfer_cli.data.augment import Augment
-from transfer_cli.data.batching import derive_seed
+from transfer_cli.data.batching import check_batch_size, derive_seed
 from transfer_cli.data.task import TransferTask
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.evaluator import Evaluator
@@ -95,6 +95,15 @@ def make_session(
     console: Console,
     interrupt: Interrupt,
 ) -> Session:
+    """All that the loops work with.
+
+    Raises:
+        TransferError: a batch that the task's parts cannot fill.
+    """
+    if any(isinstance(phase, Gradient) for phase in method.phases()):
+        for name, part in (("source", task.source), ("target", task.target_unlabelled)):
+            if part is not None:
+                check_batch_size(config.trainer.batch_size, name, len(part))
     average = None
     if config.trainer.ema is not None:
         average = AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema), use_buffers=True)

@@ -57,11 +57,16 @@ class FineTune(NetworkMethod):
 
     def moves(self) -> list[Moves]:
         """The head at the full rate, the backbone's stages at decreasing ones from output to input."""
-        moves = [Moves.of(self.network.head, self.network.bottleneck)]
         backbone = self.network.backbone
-        stages = list(backbone.stages().values()) if isinstance(backbone, Backbone) else [backbone]
+        if isinstance(backbone, Backbone):
+            stages = list(backbone.stage_parameters().values())
+        else:
+            stages = [list(backbone.parameters())]
+        below = {p for stage in stages for p in stage}
+        moves = [Moves([p for p in self.network.parameters() if p not in below])]  # bottleneck, head, noise
         for depth, stage in enumerate(reversed(stages)):
-            moves.append(Moves.of(stage, lr_scale=self.backbone_lr * self.layer_decay**depth))
+            trainable = [p for p in stage if p.requires_grad]
+            moves.append(Moves(trainable, lr_scale=self.backbone_lr * self.layer_decay**depth))
         return [m for m in moves if m.parameters]
 
     def fit_head(self, task: FeatureTask) -> None:

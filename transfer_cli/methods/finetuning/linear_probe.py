@@ -44,7 +44,8 @@ class LinearProbe(Method):
     def fit(self, task: FeatureTask) -> None:
         parts = [task.source if self.use_source else None, task.target_labelled if self.labels != "source" else None]
         x, y, weights = joined([p for p in parts if p is not None])
-        mean, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-8)
+        mean, scale = x.mean(0), x.std(0, correction=0)
+        scale = torch.where(scale > 1e-8, scale, 1.0)  # a constant feature stays one
         z = (x - mean) / scale
         if self.kind == "classification":
             w, b = fit_logistic(z, y, self.num_classes, self.l2, weights)
