@@ -45,7 +45,12 @@ class NoMonitor:
 def prepare(steps: int, folder: Path) -> Session:
     hydra_glue._store_schema([packaged_folder()])
     never = 10**9
-    overrides = [f"trainer.steps={steps}", f"trainer.eval_every={never}", f"trainer.checkpoint_every={never}", "device=cpu"]
+    overrides = [
+        f"trainer.steps={steps}",
+        f"trainer.eval_every={never}",
+        f"trainer.checkpoint_every={never}",
+        "device=cpu",
+    ]
     with initialize_config_dir(str(packaged_folder()), version_base="1.3"):
         config = typed(compose("config", overrides))
     components = resolve_components(config)

@@ -94,7 +94,7 @@ def test_bad_input_is_one_line(
     assert outcome.code == 2
     assert said in outcome.err, outcome.err
     assert outcome.err.startswith("transfer: ") and len(outcome.err.splitlines()) == 1, outcome.err
-    assert not list(tmp_path.rglob("status.json")), "nothing was begun"
+    assert not [p for p in tmp_path.rglob("outputs/runs/*")], "nothing was begun, and nothing stays"
 
 
 def test_invalid_yaml_of_ones_own_names_the_line(transfer: Transfer, tmp_path: Path) -> None:

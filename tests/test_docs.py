@@ -95,9 +95,7 @@ def test_every_key_is_documented() -> None:
     assert [key for key in keys(Config()) if f"`{key}`" not in text] == []
 
 
-@pytest.mark.parametrize(
-    "group", ["method", "dataset", "backbone", "optimizer", "schedule", "augment", "experiment"]
-)
+@pytest.mark.parametrize("group", ["method", "dataset", "backbone", "optimizer", "schedule", "augment", "experiment"])
 def test_every_name_is_documented(group: str) -> None:
     text = "\n".join(page.read_text() for page in PAGES)
     assert [name for name in names_in(group, [packaged_folder()]) if f"`{name}`" not in text] == []

@@ -18,7 +18,7 @@ from transfer_cli.registry import DESCRIPTIVE_KEYS, FilePath, component, keyword
 GROUPS = ("dataset", "backbone", "method", "optimizer", "schedule", "augment")
 YAMLS = [path for group in GROUPS for path in sorted((packaged_folder() / group).glob("*.yaml"))]
 
-PLUGIN = '''
+PLUGIN = """
 from collections.abc import Sequence
 from typing import Literal
 
@@ -45,7 +45,7 @@ class Toy:
         needed: str,
     ):
         self.context, self.rate = context, rate
-'''
+"""
 NEEDED = {"needed": "x"}
 
 
@@ -76,7 +76,9 @@ def test_modules_of_the_package_resolve() -> None:
     assert resolve("transfer_cli.methods.adversarial.dann:DANN") is DANN
 
 
-@pytest.mark.parametrize("reference", ["os:system", "transfer_cli_evil:x", "transfer_clix.methods:x", "torch.nn:Linear"])
+@pytest.mark.parametrize(
+    "reference", ["os:system", "transfer_cli_evil:x", "transfer_clix.methods:x", "torch.nn:Linear"]
+)
 def test_modules_outside_the_package_and_the_plugins_are_refused(reference: str) -> None:
     with pytest.raises(TransferError, match=r"method 'x'.*not part of transfer_cli or of a plugin.*plugins=\["):
         resolve(reference, where="method 'x'")

@@ -18,7 +18,11 @@ NO_SUBSET: dict[str, int | None] = {"source": None, "target": None, "test": None
 
 
 def domain(
-    name: str, classes: str = "abc", per_class: int = 40, test_per_class: int | None = None, kind: Kind = "classification"
+    name: str,
+    classes: str = "abc",
+    per_class: int = 40,
+    test_per_class: int | None = None,
+    kind: Kind = "classification",
 ) -> Domain:
     """Samples whose only input is their own number, so that each can be followed; classes in turn."""
 
@@ -49,7 +53,12 @@ def numbers(part: Any) -> list[int]:
 
 def visible(task: TransferTask) -> dict[str, Any]:
     """Everything that a method can read, as plain values."""
-    out: dict[str, Any] = {"kind": task.kind, "space": task.label_space, "input": task.input, "width": task.target_width}
+    out: dict[str, Any] = {
+        "kind": task.kind,
+        "space": task.label_space,
+        "input": task.input,
+        "width": task.target_width,
+    }
     for name in ("source", "source_validation", "target_unlabelled", "target_validation", "target_labelled"):
         part = getattr(task, name)
         labels = part.labels.tolist() if isinstance(part, Part) else None
@@ -175,7 +184,9 @@ def test_a_class_that_the_source_lacks_is_an_error() -> None:
 
 @pytest.mark.parametrize("protocol", ["inductive", "transductive"])
 @pytest.mark.parametrize("published", [None, 9])
-def test_without_grants_nothing_that_a_method_sees_depends_on_target_labels(protocol: str, published: int | None) -> None:
+def test_without_grants_nothing_that_a_method_sees_depends_on_target_labels(
+    protocol: str, published: int | None
+) -> None:
     target = domain("t", test_per_class=published)
 
     def relabelled(part: Part, seed: int) -> Part:
@@ -188,7 +199,9 @@ def test_without_grants_nothing_that_a_method_sees_depends_on_target_labels(prot
             train=relabelled(target.train, seed),
             test=None if target.test is None else relabelled(target.test, seed),
         )
-        (task, heldout), (other_task, other_heldout) = (split(domain("s"), t, protocol=protocol) for t in (target, other))
+        (task, heldout), (other_task, other_heldout) = (
+            split(domain("s"), t, protocol=protocol) for t in (target, other)
+        )
         assert visible(task) == visible(other_task)
         assert numbers(heldout.target_test) == numbers(other_heldout.target_test)
         assert heldout.target_test.labels.tolist() != other_heldout.target_test.labels.tolist()

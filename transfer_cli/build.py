@@ -97,6 +97,8 @@ def build_method(
     method.to(device)
     if config.trainer.channels_last:
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.trainer.compile:
+        backbone.compile()  # in place: names of parameters stay, so checkpoints fit with and without
     return method
 
 

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,18 @@ class RunFolder:
                 raise TransferError(
                     f"this experiment is running in process {status.get('pid', '?')} on {status.get('host', '?')}: {self.path}"
                 ) from error
-            yield
+            try:
+                yield
+            finally:
+                self._leave_no_empty_folder()
+
+    def _leave_no_empty_folder(self) -> None:
+        """Where nothing was begun (bad input, say), nothing stays."""
+        if not self.status.exists() and {p.name for p in self.path.iterdir()} == {"lock"}:
+            (self.path / "lock").unlink()
+            self.path.rmdir()
+            with suppress(OSError):  # other runs of the pair
+                self.path.parent.rmdir()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

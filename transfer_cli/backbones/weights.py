@@ -28,7 +28,8 @@ def load_state(path: str) -> dict[str, Tensor]:
             else torch.load(file, map_location="cpu", weights_only=True)
         )
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise TransferError(f"backbone.weights: {path} cannot be read ({str(error).splitlines()[0]}).") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TransferError(f"backbone.weights: {path} cannot be read ({reason}).") from error
     except Exception as error:  # weights_only refuses by an unpickling error of its own
         raise TransferError(
             f"backbone.weights: {path} is not a plain file of tensors ({type(error).__name__})."

@@ -85,6 +85,8 @@ def resolve_components(config: Config) -> dict[str, Component]:
     nodes = {group: getattr(config, group) for group in COMPONENTS}
     if not nodes["source"].get("implementation"):
         del nodes["source"]
+    if not nodes["target"].get("implementation"):
+        raise TransferError("a run needs a target: set target=NAME. `transfer list dataset` shows all.")
     return {group: component(group, node, config.plugins) for group, node in nodes.items()}
 
 

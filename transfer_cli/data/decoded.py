@@ -45,10 +45,13 @@ def decode_once(files: ImageFiles, folder: Path) -> MappedImages:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         shape = (len(files), *files.spec.shape)
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        for i in tqdm(range(len(files)), desc="decode", disable=None, leave=False):
-            array[i] = files.decode(i).numpy()
-        array.flush()
-        os.replace(temporary, path)
+        try:
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            for i in tqdm(range(len(files)), desc="decode", disable=None, leave=False):
+                array[i] = files.decode(i).numpy()
+            array.flush()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # an unreadable file, or an interruption
     # Copy-on-write: torch wants a writable array, and nothing written ever reaches the file.
     return MappedImages(torch.from_numpy(np.load(path, mmap_mode="c")), torch.arange(len(files)))
