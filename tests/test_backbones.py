@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transfer_cli.backbones.base import Backbone
 from transfer_cli.backbones.digits import LeNet, SmallCNN
 from transfer_cli.backbones.torchvision import Torchvision
-from transfer_cli.backbones.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.backbones.vectors import MLP, Identity
 from transfer_cli.backbones.weights import load_into, load_state
+from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.data.inputs import InputSpec
 from transfer_cli.errors import TransferError
 from transfer_cli.torchvision_compat import models
@@ -117,7 +117,9 @@ def test_freezing_holds_inside_a_larger_module_and_a_copy() -> None:
 def test_an_unknown_stage_is_named_with_a_suggestion(wrong: str) -> None:
     with pytest.raises(TransferError) as caught:
         SmallCNN(image(16), freeze=wrong)
-    assert "backbone.freeze must be one of none, all, up-to-block1" in str(caught.value) and f"'{wrong}'" in str(caught.value)
+    assert "backbone.freeze must be one of none, all, up-to-block1" in str(caught.value) and f"'{wrong}'" in str(
+        caught.value
+    )
     if wrong == "up-to-blok2":
         assert "Did you mean 'up-to-block2'?" in str(caught.value)
 
@@ -248,7 +250,9 @@ def test_three_channels_are_asked_for() -> None:
         Torchvision(image(32, 1), model="resnet18", weights="none")
 
 
-@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small", pytest.param("densenet121", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model", ["resnet18", "mobilenet_v3_small", pytest.param("densenet121", marks=pytest.mark.slow)]
+)
 def test_a_small_stem_keeps_the_resolution(model: str) -> None:
     def side(stem: Any) -> int:
         backbone = Torchvision(image(32), model=model, weights="none", stem=stem)
@@ -263,7 +267,7 @@ def test_a_small_stem_keeps_the_resolution(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["googlenet", "inception_v3"])
 def test_torchvisions_weights_get_the_normalisation_that_they_were_trained_with(model: str) -> None:
-    """These two were trained on inputs from -1 to 1; with torchvision's weights the network itself turns ImageNet's scaling into that."""
+    """They were trained on inputs from -1 to 1, and with those weights the networks turn ImageNet's scaling into that."""
     from transfer_cli.backbones.torchvision import _construction
 
     assert _construction(model, image(224), "imagenet")["transform_input"] is True

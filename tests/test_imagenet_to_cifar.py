@@ -44,12 +44,25 @@ def data(tmp_path: Path) -> Path:
 
 def test_pretrain_then_new_head_then_finetune(transfer: Transfer, data: Path) -> None:
     source = transfer(
-        "run", *COMMON, "source=imagenet", "target=imagenet", "method=source_only", "trainer.steps=15", "backbone.weights=none"
+        "run",
+        *COMMON,
+        "source=imagenet",
+        "target=imagenet",
+        "method=source_only",
+        "trainer.steps=15",
+        "backbone.weights=none",
     )
     assert source.code == 0, source.err
     weights = source.run / "checkpoints" / "best.pt"
 
-    new_head = [*COMMON, "source=none", "target=cifar10", "target_labels=all", f"backbone.weights={weights}", "trainer.steps=20"]
+    new_head = [
+        *COMMON,
+        "source=none",
+        "target=cifar10",
+        "target_labels=all",
+        f"backbone.weights={weights}",
+        "trainer.steps=20",
+    ]
     for method in (["method=linear_probe", "backbone.freeze=all"], ["method=finetune", "backbone.batchnorm=frozen"]):
         done = transfer("run", *new_head, *method)
         assert done.code == 0, done.err
@@ -78,7 +91,17 @@ def test_weights_that_do_not_fit_are_reported(transfer: Transfer, data: Path) ->
 
     torch.save({"features.0.weight": torch.zeros(3, 3), "surplus": torch.zeros(1)}, data / "bad.pt")
     refused = transfer(
-        "run", *COMMON, "source=none", "target=cifar10", "target_labels=all", "method=finetune", "backbone.weights=data/bad.pt"
+        "run",
+        *COMMON,
+        "source=none",
+        "target=cifar10",
+        "target_labels=all",
+        "method=finetune",
+        "backbone.weights=data/bad.pt",
     )
     assert refused.code == 2
-    assert "missing (" in refused.err and "not in the network (surplus)" in refused.err and "of another shape" in refused.err
+    assert (
+        "missing (" in refused.err
+        and "not in the network (surplus)" in refused.err
+        and "of another shape" in refused.err
+    )

@@ -1,4 +1,4 @@
-"""Samples and their containers: arrays, sequences, image files; resizing, channels, storage, and the disk cache of decoded files."""
+"""Containers of samples: arrays, sequences, image files; resizing, channels, storage, and the disk cache of decoded files."""
 
 from __future__ import annotations
 
@@ -70,10 +70,15 @@ def test_array_inputs() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2)],
+    [
+        torch.zeros(2, 3, 4, 4),
+        torch.zeros(2, 3, dtype=torch.float64),
+        torch.zeros(2, 3, dtype=torch.uint8),
+        torch.zeros(2),
+    ],
 )
 def test_arrays_of_another_kind_are_refused(values: Tensor) -> None:
-    with pytest.raises(TransferError, match="inputs must be uint8 images .* or float32 vectors"):
+    with pytest.raises(TransferError, match=r"inputs must be uint8 images .* or float32 vectors"):
         ArrayInputs(values)
 
 
@@ -113,6 +118,21 @@ def test_any_mode_of_picture_is_read(mode: str, channels: int, tmp_path: Path) -
     assert image.shape == (channels, 6, 5) and image.is_contiguous()
     wanted = np.asarray(Picture.open(path).convert("L" if channels == 1 else "RGB"))
     assert np.array_equal(image.permute(1, 2, 0).numpy().reshape(wanted.shape), wanted)
+
+
+def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
+    """Pillow alone clips at 255: all but black would be white."""
+    grey = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    Picture.fromarray(grey).save(tmp_path / "x.png")
+    assert read_image(str(tmp_path / "x.png"), 1)[0, 0].tolist() == [0, 0, 1, 128, 255]
+    assert read_image(str(tmp_path / "x.png"), 3)[2, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_palettes_with_transparency_are_read_without_a_warning(tmp_path: Path) -> None:
+    picture = Picture.new("P", (4, 4), color=1)
+    picture.putpalette([0, 0, 0, 10, 20, 30] + [0] * 762)
+    picture.save(tmp_path / "x.png", transparency=bytes([0] * 256))
+    assert read_image(str(tmp_path / "x.png"), 3)[:, 0, 0].tolist() == [10, 20, 30]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
@@ -243,13 +263,19 @@ def test_files_of_any_size_take_the_backbones_or_224(files: ImageFiles, tmp_path
 
 
 def test_what_nothing_reconciles_is_refused(tmp_path: Path) -> None:
-    vectors, wider, images = ArrayInputs(torch.zeros(2, 5)), ArrayInputs(torch.zeros(2, 6)), ArrayInputs(pixels(2, 1, 8, 8))
+    vectors, wider, images = (
+        ArrayInputs(torch.zeros(2, 5)),
+        ArrayInputs(torch.zeros(2, 6)),
+        ArrayInputs(pixels(2, 1, 8, 8)),
+    )
     with pytest.raises(TransferError, match="differ in kind: s is vector of 5, t is image of 1 x 8 x 8"):
         brought(vectors, images, tmp_path)
     with pytest.raises(TransferError, match="differ in width: s is vector of 5, t is vector of 6"):
         brought(vectors, wider, tmp_path)
     with pytest.raises(TransferError, match="differ in width: x is vector of 5, x is vector of 6"):
-        reconcile(domain("x", vectors), domain("x", wider), Image(), wants=Any28, cache=tmp_path)  # two files of one name
+        reconcile(
+            domain("x", vectors), domain("x", wider), Image(), wants=Any28, cache=tmp_path
+        )  # two files of one name
     s, t, told = brought(vectors, vectors, tmp_path)
     assert told == [] and s is not None and s.train.inputs is vectors and t.train.inputs is vectors
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from transfer_cli.backbones.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.commands import list as list_command
+from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.errors import TransferError
 
 

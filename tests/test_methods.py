@@ -242,7 +242,9 @@ def shortcut(seed: int, n: int = 200) -> Toy:
     return *sample(True), *sample(False)
 
 
-def target_accuracy(build: Callable[[Context], NetworkMethod], toy: Callable[[int], Toy], steps: int, lr: float) -> float:
+def target_accuracy(
+    build: Callable[[Context], NetworkMethod], toy: Callable[[int], Toy], steps: int, lr: float
+) -> float:
     torch.manual_seed(0)
     method = build(context(MLP(InputSpec("vector", (2,)), hidden=(15,)), has_target_labels=False))
     xs, ys, xt, yt = toy(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_ece_of_a_prediction_is_that_of_its_top_class() -> None:
     )
     edges = np.linspace(0, 1, 16)
     total = 0.0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         inside = ((confidence > low) & (confidence <= high)).numpy()
         if inside.any():
             gap = (guesses == labels).numpy()[inside].mean() - confidence.numpy()[inside].mean()

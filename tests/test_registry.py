@@ -1,4 +1,4 @@
-"""From a YAML to the object it names: what resolves, what is refused and in which words, and every packaged YAML in agreement with its code."""
+"""From a YAML to the object it names: what resolves, what is refused, and every packaged YAML in agreement with its code."""
 
 from __future__ import annotations
 

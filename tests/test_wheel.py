@@ -37,7 +37,11 @@ def test_a_wheel_installed_elsewhere_runs_the_smoke_experiment(tmp_path: Path) -
     assert run.returncode == 0, run.stderr
     where = "import transfer_cli.config.folders as f; print(f.packaged_folder())"
     shown = subprocess.run(
-        [str(tmp_path / "venv/bin/python"), "-c", where], cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True
+        [str(tmp_path / "venv/bin/python"), "-c", where],
+        cwd=tmp_path / "elsewhere",
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert shown.stdout.strip() == str((own / "transfer_cli" / "conf").resolve())
     assert list((tmp_path / "elsewhere" / "outputs").rglob("result.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -23,8 +24,8 @@ from transfer_cli.report.tables import result_lines
 from transfer_cli.run_folder import RunFolder, read_json
 
 
-def run(config: Config) -> RunFolder:
-    """Run one experiment, go on with it where it stopped, or find it finished.
+def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
+    """Run one experiment, go on with it where it stopped, or find it finished. `command`, for the manifest, would repeat it.
 
     Raises:
         TransferError: what the user can mend.
@@ -56,7 +57,7 @@ def run(config: Config) -> RunFolder:
             config, components, problem.task, method, evaluator, folder, identity, device, console, interrupt
         )
 
-        outputs.prepare(folder, config, components, identity, fingerprints, device)
+        outputs.prepare(folder, config, components, identity, fingerprints, device, command)
         console.log_to(folder.log)
         for line in opening_lines(config, components, problem, method, device):
             console.say(line)

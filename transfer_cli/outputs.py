@@ -8,8 +8,8 @@ import platform
 import shutil
 import socket
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def prepare(
     identity: Identity,
     fingerprints: dict[str, str],
     device: torch.device,
+    command: Sequence[str],
 ) -> None:
     """Write the configuration, the manifest and the status `running`; sweep away temporary files of a process that was killed."""
     for leftover in folder.path.rglob("*.tmp"):
@@ -53,7 +54,7 @@ def prepare(
                 "python": platform.python_version(),
                 "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
                 "git": git_commit(),
-                "command": ["transfer", *sys.argv[1:]],
+                "command": list(command),
                 "host": socket.gethostname(),
                 "platform": platform.platform(),
                 "device": device.type,
@@ -153,7 +154,9 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 def git_commit() -> str | None:
     """Of the checkout that the code runs from, `-dirty` where it was changed; None outside one."""
-    where = Path(__file__).resolve().parent
+    where = Path(__file__).resolve().parent.parent
+    if not (where / ".git").exists():  # an installed package may lie inside some other project's checkout
+        return None
     try:
         command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None

@@ -70,7 +70,7 @@ def _members(group: str, folders: Sequence[Path]) -> list[str]:
         if group == "method" and (needs := _needs(text)) is not None:
             lines.append(f"{'':{width}}needs: {', '.join(needs) or 'nothing'}")
     if group == "backbone":
-        from transfer_cli.backbones.torchvision_names import TORCHVISION_NAMES
+        from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 
         lines += ["", *_paragraph("torchvision's, by name: ", ", ".join(TORCHVISION_NAMES), indent="  ")]
     return lines

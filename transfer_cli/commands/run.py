@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         try:
             from transfer_cli.experiment import run  # torch comes only now: completion and --cfg answer without it
 
-            run(typed(composed))
+            run(typed(composed), ["transfer", "run", *HydraConfig.get().overrides.task])
         except Exception as error:
             errors.append(error)
             if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -22,9 +22,9 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from transfer_cli.backbones.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.config.folders import config_folders, names_in, packaged_folder
 from transfer_cli.config.schema import Config
+from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.errors import TransferError, suggest
 
 

@@ -30,6 +30,7 @@ class Augment:
         brightness, contrast, saturation: largest relative change.
         noise: standard deviation of Gaussian noise, on [0, 1] intensities.
         erase: probability of erasing a rectangle of up to a quarter of the area (Zhong et al. 2020).
+        interpolation: of the one resampling; `bicubic` blurs small images less.
         padding: what lies outside the image: its `border` continued, `zeros` (black ground), or its `reflection`.
         domains: `both`, `source` or `target`: whose batches are augmented.
     """
@@ -51,12 +52,13 @@ class Augment:
         saturation: float = 0.0,
         noise: float = 0.0,
         erase: float = 0.0,
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         padding: Literal["border", "zeros", "reflection"] = "border",
         domains: Literal["both", "source", "target"] = "both",
     ) -> None:
         self.rotate, self.translate, self.scale, self.shear, self.flip = rotate, translate, scale, shear, flip
         self.crop_area, self.crop_ratio, self.elastic = crop_area, crop_ratio, elastic
-        self.stretch, self.padding = stretch, padding
+        self.stretch, self.interpolation, self.padding = stretch, interpolation, padding
         self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
         self.noise, self.erase, self.domains = noise, erase, domains
         self.geometric = bool(rotate or translate or scale or stretch or shear or flip or crop_area or elastic)
@@ -76,7 +78,11 @@ class Augment:
                 )
                 bend = F.interpolate(knots, size=images.shape[-2:], mode="bicubic", align_corners=True)
                 grid = grid + bend.permute(0, 2, 3, 1)
-            images = F.grid_sample(images, grid.to(images.dtype), padding_mode=self.padding, align_corners=False)
+            images = F.grid_sample(
+                images, grid.to(images.dtype), mode=self.interpolation, padding_mode=self.padding, align_corners=False
+            )
+            if self.interpolation == "bicubic":
+                images = images.clamp(0, 1)  # it overshoots at edges
         return self._colour(images, draw) if self.photometric else images
 
     def _affine(self, n: int, draw: torch.Generator) -> Tensor:

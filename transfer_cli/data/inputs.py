@@ -154,12 +154,19 @@ def read_image(path: str, channels: int) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            array = np.array(_eight_bits(image).convert("L" if channels == 1 else "RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise TransferError(
             f"unreadable image: {path} ({error}). Replace or remove it, or set skip_unreadable=true."
         ) from error
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """What Pillow converts to grey or RGB by itself: it clips 16 bits at 255, and warns of palettes with transparency."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
 
 
 def resize_square(image: Tensor, size: int) -> Tensor:

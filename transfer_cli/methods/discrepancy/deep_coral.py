@@ -20,7 +20,7 @@ class DeepCORAL(NetworkMethod):
     needs = Needs(source_labels=True, target_inputs=True)
 
     def __init__(
-        self, context: Context, *, weight: float = 1.0, layer: Literal["logits", "features"] = "logits"
+        self, context: Context, *, weight: float = 10.0, layer: Literal["logits", "features"] = "logits"
     ) -> None:
         super().__init__(context)
         self.weight, self.layer = weight, layer
