@@ -514,7 +514,7 @@ def test_the_linear_probe_in_regression_is_ridge() -> None:
 
 def test_a_feature_that_never_varied_is_ignored() -> None:
     x, y = blobs()
-    x = torch.cat([x, torch.full((90, 1), 0.1, dtype=torch.float64)], 1)
+    x = torch.cat([x, torch.full((90, 1), 77.7, dtype=torch.float64)], 1)  # its mean is not exact
     method = LinearProbe(context(Identity(InputSpec("vector", (5,))), classes=3))
     method.fit(FeatureTask(Features(x, y), Features(x), None))
     assert float(method.fitted.w[:, 4].abs().max()) < 1e-12
