@@ -240,7 +240,7 @@ def test_changed_data_are_noticed(transfer: Transfer, tmp_path: Path) -> None:
 def test_hydra_flags_work(transfer: Transfer) -> None:
     assert "method: dann" not in transfer("run", "--cfg", "job").out
     assert "name: dann" in transfer("run", "--cfg", "job").out
-    assert "== Configuration groups ==" in transfer("run", "--help").out
+    assert "method: dann, deep_coral" in transfer("run", "--help").out
     assert "Defaults" in transfer("run", "--info", "defaults").out
 
 

@@ -69,7 +69,6 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
                 # held-out source and target, with the weights that the selection kept
                 session.load_best()
                 result = outputs.write_result(session, folder, config, components, loaded=loaded, steps=steps)
-                draw_figures(folder)
                 folder.set_status("finished")
         except Exception as error:
             folder.set_status(
@@ -78,6 +77,7 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
             raise
         finally:
             console.stop()
+        draw_figures(folder)
         for line in result_lines(result, folder.path):
             console.say(line)
     return folder
@@ -94,6 +94,8 @@ def _is_to_do(
         return True
     if state == "finished":
         outputs.check_same_ground(folder, fingerprints, None)
+        if not folder.figures.exists():  # killed between the last figure of the result and the first of these
+            draw_figures(folder)
         console.say(f"finished before on {status.get('time', '?')}; force=true runs it again")
         for line in result_lines(read_json(folder.result), folder.path):
             console.say(line)

@@ -8,6 +8,7 @@ that leave a run's identity unchanged.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 import types
@@ -108,6 +109,18 @@ def component(group: str, node: Mapping[str, Any], plugins: Sequence[str] = ()) 
         if default is inspect.Parameter.empty and key not in parameters:
             raise TransferError(f"{group} '{name}' needs a value: {group}.{key}=...")
     return Component(group, name, str(node["implementation"]), implementation, parameters)
+
+
+def find_plugin(name: str) -> None:
+    """Raises:
+    TransferError: no such module, in the working directory or among what is installed."""
+    add_working_directory()
+    try:
+        found = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, ValueError):
+        found = None
+    if found is None:
+        raise TransferError(f"plugins: there is no module '{name}' (looked in the working directory too).")
 
 
 def add_working_directory() -> None:

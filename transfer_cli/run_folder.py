@@ -78,6 +78,8 @@ class RunFolder:
         with file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.stat(self.path / "lock").st_ino != os.fstat(file.fileno()).st_ino:
+                    raise FileNotFoundError("removed meanwhile by a process that found nothing to do")
             except OSError as error:
                 status = read_json(self.status) or {}
                 raise TransferError(

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transfer_cli.config.folders import config_folders, names_in
 from transfer_cli.config.schema import COMPONENTS, Config, check
 from transfer_cli.errors import TransferError, suggest
-from transfer_cli.registry import Component, component
+from transfer_cli.registry import Component, component, find_plugin
 from transfer_cli.run_folder import RunFolder
 
 
@@ -82,6 +82,8 @@ def load_choice(group: str, name: str, overrides: Sequence[str]) -> dict[str, An
 
 def resolve_components(config: Config) -> dict[str, Component]:
     """Each group's choice, checked against its implementation's signature; `source` is left out where it is none."""
+    for plugin in config.plugins:
+        find_plugin(plugin)
     nodes = {group: getattr(config, group) for group in COMPONENTS}
     if not nodes["source"].get("implementation"):
         del nodes["source"]

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from transfer_cli.config.folders import config_folders, names_in, packaged_folder
-from transfer_cli.config.schema import Config
+from transfer_cli.config.schema import COMPONENTS, Config
 from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.errors import TransferError, suggest
 
@@ -106,8 +106,15 @@ def _bad_key(error: OmegaConfBaseException, chain: Sequence[BaseException]) -> s
     parent = error.parent_node
     if parent is not None and hasattr(parent, "keys"):
         siblings = [str(k) for k in parent.keys() if k is not None]  # noqa: SIM118 - a DictConfig
-    override = re.search(r"Could not override '([^']+)'", " ".join(str(c) for c in chain))
+    said = " ".join(str(c) for c in chain)
+    if "@experiment." in said:
+        return "an experiment's YAML must begin with the line '# @package _global_'."
+    override = re.search(r"Could not override '([^']+)'", said)
     key = override.group(1) if override else key
-    if "not in struct" in message or "not in" in message:
-        return f"there is no key '{key}'.{suggest(key.rpartition('.')[2], siblings)}"
-    return f"{key}: {message}" if key else message
+    if "not in" not in message:
+        return f"{key}: {message}" if key else message
+    group, _, last = key.rpartition(".")
+    owner = parent.get("name") if parent is not None and group in COMPONENTS else None
+    where = f" in {group} '{owner}'" if owner else ""
+    hint = suggest(last, siblings) or (f" +{key}=... adds one that its YAML leaves out." if owner else "")
+    return f"there is no key '{key}'{where}.{hint}"

@@ -47,8 +47,11 @@ def label(dataset: Component | None) -> str:
     """What a data set is called in folders and tables: its name, and its domain where it has several."""
     if dataset is None:
         return "none"
-    domain = dataset.parameters.get("domain")
-    return dataset.name if domain is None else f"{dataset.name}_{domain}"
+    domain, path = dataset.parameters.get("domain"), dataset.parameters.get("path")
+    if domain is not None:
+        return f"{dataset.name}_{domain}"
+    # The general readers' own names say nothing; what they read does.
+    return Path(str(path)).stem if path and dataset.name in ("arrays", "image_folder") else dataset.name
 
 
 def _component(component: Component) -> dict[str, Any]:

@@ -107,6 +107,7 @@ OUTSIDE_IDENTITY = (
     "retry_failed",
     "plugins",
     "image.storage",
+    "trainer.checkpoint_every",
     "image.memory_limit_mb",
     "trainer.eval_batch_size",
 )

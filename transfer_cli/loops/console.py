@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+BAR = "{desc}  {percentage:3.0f} %|{bar:10}| {n_fmt}/{total_fmt}  {elapsed}"
+
 
 class Console:
     """`say` prints a line and keeps it for run.log; a bar is shown on a terminal, plain lines elsewhere."""
@@ -41,14 +43,14 @@ class Console:
     def start(self, name: str, done: int, total: int) -> None:
         """A phase of `total` steps begins (or goes on) at `done`."""
         if self.terminal:
-            form = "{desc}  {percentage:3.0f} %|{bar:10}| {n_fmt}/{total_fmt}  {elapsed}{postfix}"
-            self._bar = tqdm(total=total, initial=done, desc=name, bar_format=form, ascii=" #", leave=True)
+            self._bar = tqdm(total=total, initial=done, desc=name, bar_format=BAR, ascii=" #", leave=True)
         elif done:
             self.say(f"{name}: going on at step {done}/{total}")
 
     def advance(self, done: int, values: dict[str, float]) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str("  " + "  ".join(f"{k} {v:.3g}" for k, v in values.items()), refresh=False)
+            # not as tqdm's postfix, which would begin with a comma
+            self._bar.bar_format = BAR + "".join(f"  {k.replace('_', ' ')} {v:.3g}" for k, v in values.items())
             self._bar.update(done - self._bar.n)
 
     def milestone(self, name: str, step: int, values: dict[str, float]) -> None:

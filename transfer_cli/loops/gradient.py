@@ -72,7 +72,7 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
             method.train()
         if not at_end and (done % trainer.checkpoint_every == 0 or session.interrupt.signal is not None):
             checkpoints.save(place.position(done))
-            session.interrupt.leave_if_asked()
+            session.leave_if_asked(phase.name, done, steps)
     batches.close()
     session.console.stop()
     checkpoints.forget(*phase_parts)

@@ -31,9 +31,3 @@ class Interrupt:
         if self.signal is not None:
             raise SystemExit(128 + number)
         self.signal = number
-
-    def leave_if_asked(self) -> None:
-        """Raises:
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM."""
-        if self.signal is not None:
-            raise SystemExit(128 + self.signal)

@@ -76,6 +76,16 @@ class Session:
         """The weights that are evaluated and kept: the running average where there is one."""
         return self.method if self.average is None else self.average.module  # type: ignore[return-value]
 
+    def leave_if_asked(self, phase: str, done: int, steps: int) -> None:
+        """After a checkpoint: stop if a signal asked for it.
+
+        Raises:
+            SystemExit: 130 after Ctrl-C, 143 after SIGTERM.
+        """
+        if self.interrupt.signal is not None:
+            self.console.say(f"{phase}: stopped and saved at step {done}/{steps}; the same command goes on from here")
+            raise SystemExit(128 + self.interrupt.signal)
+
     def load_best(self) -> None:
         """The weights that the selection kept, into the method."""
         kept = read_checkpoint(self.monitor.best)
@@ -166,7 +176,7 @@ def run_phases(session: Session) -> int:
             session.checkpoints.save(
                 {"phase": index + 1, "step": 0, "global_step": steps_before + steps_of(phase, session)}
             )
-            session.interrupt.leave_if_asked()
+            session.leave_if_asked(phase.name, steps_of(phase, session), steps_of(phase, session))
         steps_before += steps_of(phase, session)
     return steps_before
 
