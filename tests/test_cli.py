@@ -54,7 +54,7 @@ def _seconds(argument: str | None, cwd: Path) -> float:
         (["run", "optimizer=adamm"], "Did you mean 'adam"),
         (["run", "experiment=smok"], "Did you mean 'smoke'?"),
         (["run", "selection=imm"], "Did you mean 'im'?"),
-        (["run", "method.weihgt=2"], "no key 'method.weihgt'. Did you mean 'weight'?"),
+        (["run", "method.weihgt=2"], "no key 'method.weihgt' in method 'dann'. Did you mean 'weight'?"),
         (["run", "+method.weihgt=2"], "method 'dann' has no key 'weihgt'. Did you mean 'weight'?"),
         (["run", "trainer.stps=3"], "no key 'trainer.stps'. Did you mean 'steps'?"),
         (["run", "+trainer.stpes=3"], "no key 'trainer.stpes'. Did you mean 'steps'?"),

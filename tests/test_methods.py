@@ -34,6 +34,7 @@ from transfer_cli.methods.finetuning.finetune import FineTune
 from transfer_cli.methods.finetuning.linear_probe import LinearProbe
 from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
 from transfer_cli.methods.phases import (
+    ALL_PARTS,
     Batch,
     ClosedForm,
     Features,
@@ -465,7 +466,7 @@ def test_ridge_against_scikit_learn() -> None:
     y = torch.stack([x @ torch.tensor([1.0, 2, 3, 4]).double(), x[:, 0].sin()], 1) + 0.1
     weights = torch.rand(90, generator=torch.Generator().manual_seed(1)).double()
     w, b, variance = fit_ridge(x, y, 0.05, weights)
-    reference = Ridge(alpha=0.05).fit(x.numpy(), y.numpy(), sample_weight=(weights / weights.sum()).numpy())
+    reference = Ridge(alpha=0.05).fit(x.numpy(), y.numpy(), sample_weight=weights.numpy())
     np.testing.assert_allclose(w, reference.coef_, rtol=1e-8)
     np.testing.assert_allclose(b, reference.intercept_, rtol=1e-8)
     residual = y.numpy() - reference.predict(x.numpy())
@@ -484,7 +485,11 @@ def test_the_linear_probe_is_scikit_learns_optimum(labels: Any) -> None:
     method = LinearProbe(context(Identity(InputSpec("vector", (4,))), classes=3), l2=0.02, labels=labels)
     (phase,) = method.phases()
     assert isinstance(phase, ClosedForm)
-    phase.fit(task)
+    assert (
+        set(phase.parts)
+        == {"all": {"source", "target_labelled"}, "source": {"source"}, "target": {"target_labelled"}}[labels]
+    )
+    phase.fit(FeatureTask(**{name: getattr(task, name) if name in phase.parts else None for name in ALL_PARTS}))
     parts = {"all": [source, target], "source": [source], "target": [target]}[labels]
     x = np.concatenate([p.x.numpy() for p in parts])
     y = np.concatenate([p.y.numpy() for p in parts if p.y is not None])

@@ -241,8 +241,8 @@ def test_no_grant_and_all() -> None:
     assert numbers(task.target_labelled) == numbers(task.target_unlabelled)
     assert set(numbers(task.target_labelled)).isdisjoint(numbers(heldout.target_test))
     assert set(numbers(task.target_labelled)).isdisjoint(numbers(task.target_validation))
-    empty = split(domain("s"), domain("t"), target_labels="all", protocol="transductive")[1]
-    assert len(empty.target_test) == 0
+    with pytest.raises(TransferError, match="leave no target sample to test on"):
+        split(domain("s"), domain("t"), target_labels="all", protocol="transductive")
 
 
 def test_more_labels_than_samples_of_a_class_is_an_error() -> None:

@@ -34,7 +34,7 @@ def load_state(path: str) -> dict[str, Tensor]:
         raise TransferError(
             f"backbone.weights: {path} is not a plain file of tensors ({type(error).__name__})."
         ) from error
-    for wrapper in ("state_dict", "model", "method"):
+    for wrapper in ("state_dict", "model", "parts", "method"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):

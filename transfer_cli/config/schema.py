@@ -140,6 +140,10 @@ def check(config: Config) -> None:
     for key in ("steps", "batch_size", "eval_batch_size", "eval_every", "checkpoint_every", "log_every"):
         if getattr(config.trainer, key) < 1:
             raise TransferError(f"trainer.{key} must be at least 1, not {getattr(config.trainer, key)}.")
+    for key in ("source", "target", "test"):
+        size = getattr(config.subset, key)
+        if size is not None and size < 1:
+            raise TransferError(f"subset.{key} is a number of samples, at least 1; not {size}.")
     for key in ("test", "validation"):
         if not 0 <= getattr(config.split, key) < 1:
             raise TransferError(f"split.{key} is a share between 0 and 1, not {getattr(config.split, key)}.")

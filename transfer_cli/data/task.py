@@ -213,6 +213,8 @@ def split_pair(
         unlabelled, validation = _hold_out(target_train, validation_share, draw)
         labelled, _ = _grant(unlabelled, target_labels, target, draw)
 
+    if not len(target_test):
+        raise TransferError(f"target_labels={target_labels} and the splits leave no target sample to test on.")
     if target.kind == "classification":
         index = space.target_index()
         target_test = Part(target_test.inputs, index[target_test.labels], target_test.ids)

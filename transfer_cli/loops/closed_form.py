@@ -9,13 +9,13 @@ from torch import Tensor
 
 from transfer_cli.data.batching import in_order
 from transfer_cli.data.inputs import Inputs
-from transfer_cli.loops.session import Place, Session
+from transfer_cli.loops.session import Place, Session, task_parts
 from transfer_cli.methods.phases import ClosedForm, Features, FeatureTask
 
 
 def run_closed_form(phase: ClosedForm, session: Session, place: Place) -> None:
     session.console.start(phase.name, 0, 1)
-    task, method = session.task, session.method
+    method = session.method
     method.eval()
 
     def features(part: Any) -> Features | None:
@@ -24,9 +24,7 @@ def run_closed_form(phase: ClosedForm, session: Session, place: Place) -> None:
         labels = part.labels.to(session.device) if hasattr(part, "labels") else None
         return Features(_extract(session, part.inputs), labels)
 
-    target = features(task.target_unlabelled)
-    assert target is not None
-    phase.fit(FeatureTask(features(task.source), target, features(task.target_labelled)))
+    phase.fit(FeatureTask(**{name: features(part) for name, part in task_parts(session.task, phase.parts).items()}))
     if session.average is not None:
         session.average.module.load_state_dict(method.state_dict())
     session.console.advance(1, {})

@@ -20,8 +20,8 @@ from transfer_cli.data.task import Unlabelled
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.metrics_log import StepRecord
 from transfer_cli.loops.rng import RandomState
-from transfer_cli.loops.session import Place, Session, steps_of
-from transfer_cli.methods.phases import Batch, Gradient, Labelled, Losses, Progress, Update
+from transfer_cli.loops.session import Place, Session, steps_of, task_parts
+from transfer_cli.methods.phases import ALL_PARTS, Batch, Gradient, Labelled, Losses, Progress, Update
 
 AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -36,7 +36,7 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
     record, losses = StepRecord(), set[str]()
     phase_parts: dict[str, Any] = {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     phase_parts |= {"scaler": scaler, "record": record, "rng": RandomState(session.device)}
-    batches = _batches(session, place.start)
+    batches = _batches(phase, session, place.start)
     checkpoints.register(**phase_parts)  # the generators last: nothing draws between here and the first step
     stepper = _Stepper(session, scaler)
 
@@ -126,12 +126,10 @@ def _set_rates(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
-def _batches(session: Session, start: int) -> Any:
-    """Endless batches of every part that the task has, from step `start` on."""
-    task = session.task
-    source = _stream(session, "source", task.source, start)
-    target = _stream(session, "target", task.target_unlabelled, start)
-    granted = _stream(session, "target_labelled", task.target_labelled, start)
+def _batches(phase: Gradient, session: Session, start: int) -> Any:
+    """Endless batches of the parts that the task has and the phase reads, from step `start` on."""
+    parts = task_parts(session.task, phase.parts)
+    source, target, granted = (_stream(session, name, parts[name], start) for name in ALL_PARTS)
 
     def labelled(stream: Iterator[tuple[Any, Tensor]] | None) -> Labelled | None:
         return None if stream is None else Labelled(*next(stream))

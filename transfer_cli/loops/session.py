@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from transfer_cli.config.identity import Identity
 from transfer_cli.config.schema import Config, Trainer
 from transfer_cli.data.augment import Augment
 from transfer_cli.data.batching import check_batch_size, derive_seed
-from transfer_cli.data.task import TransferTask
+from transfer_cli.data.domain import Part
+from transfer_cli.data.task import TransferTask, Unlabelled
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.evaluator import Evaluator
 from transfer_cli.loops.checkpoints import Checkpoints, Stateful, read_checkpoint
@@ -110,9 +111,9 @@ def make_session(
     Raises:
         TransferError: a batch that the task's parts cannot fill.
     """
-    if any(isinstance(phase, Gradient) for phase in method.phases()):
-        for name, part in (("source", task.source), ("target", task.target_unlabelled)):
-            if part is not None:
+    for phase in method.phases():
+        for name, part in task_parts(task, phase.parts).items() if isinstance(phase, Gradient) else ():
+            if part is not None and name != "target_labelled":  # few granted labels make a small batch
                 check_batch_size(config.trainer.batch_size, name, len(part))
     average = None
     if config.trainer.ema is not None:
@@ -193,3 +194,9 @@ def _loop(phase: Phase) -> Callable[[Any, Session, Place], None]:
         raise TransferError(f"no loop runs phases of type {type(phase).__name__}.")
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def task_parts(task: TransferTask, wanted: Sequence[str]) -> dict[str, Part | Unlabelled | None]:
+    """The parts by name; None for one that the task lacks or that is not wanted."""
+    parts = {"source": task.source, "target": task.target_unlabelled, "target_labelled": task.target_labelled}
+    return {name: part if name in wanted else None for name, part in parts.items()}

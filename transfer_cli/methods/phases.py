@@ -19,7 +19,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's minibatches. `target` is inputs alone; a part that the task lacks is None."""
+    """One step's minibatches. `target` is inputs alone; a part that the task lacks, or the phase did not ask for, is None."""
 
     source: Labelled | None
     target: Any | None
@@ -68,9 +68,12 @@ class Update:
     repeats: int = 1
 
 
+ALL_PARTS = ("source", "target", "target_labelled")
+
+
 @dataclass(frozen=True)
 class Gradient:
-    """Minibatches of the task's parts; in each step the updates are made in order. `steps=None`: the trainer's.
+    """Minibatches of the task's `parts`; in each step the updates are made in order. `steps=None`: the trainer's.
 
     `on_start` runs once, before the first step and never on resume; what it changes belongs in the method's state.
     """
@@ -78,6 +81,7 @@ class Gradient:
     name: str
     updates: Sequence[Update]
     steps: int | None = None
+    parts: Sequence[str] = ALL_PARTS  # those it reads: others are not even loaded
     on_start: Callable[[], None] | None = None
     after_step: Callable[[Progress], None] | None = None
 
@@ -92,10 +96,10 @@ class Features:
 
 @dataclass(frozen=True)
 class FeatureTask:
-    """The task as a closed-form phase sees it; a part that the task lacks is None."""
+    """The task as a closed-form phase sees it; a part that the task lacks, or that the phase did not ask for, is None."""
 
     source: Features | None
-    target: Features
+    target: Features | None
     target_labelled: Features | None
 
 
@@ -105,6 +109,7 @@ class ClosedForm:
 
     name: str
     fit: Callable[[FeatureTask], None]
+    parts: Sequence[str] = ALL_PARTS
 
 
 Phase = Gradient | ClosedForm

@@ -15,7 +15,7 @@ class SourceOnly(NetworkMethod):
     needs = Needs(source_labels=True)
 
     def phases(self) -> list[Gradient]:
-        return [Gradient("train", [Update(self.losses, [Moves.of(self.network)])])]
+        return [Gradient("train", [Update(self.losses, [Moves.of(self.network)])], parts=("source", "target_labelled"))]
 
     def losses(self, batch: Batch, progress: Progress) -> Losses:
         assert batch.source is not None

@@ -48,12 +48,15 @@ class FineTune(NetworkMethod):
 
     def phases(self) -> list[Phase]:
         phases: list[Phase] = []
+        granted = ["target_labelled"]
         if self.source_steps != 0:
             moves = [Moves.of(self.network, self.source_head)]
-            phases.append(Gradient("source", [Update(self.source_losses, moves)], steps=self.source_steps))
+            update = Update(self.source_losses, moves)
+            phases.append(Gradient("source", [update], steps=self.source_steps, parts=["source"]))
         if self.head_first:
-            phases.append(ClosedForm("head", self.fit_head))
-        return [*phases, Gradient("finetune", [Update(self.losses, self.moves())], on_start=self.remember_start)]
+            phases.append(ClosedForm("head", self.fit_head, parts=granted))
+        update = Update(self.losses, self.moves())
+        return [*phases, Gradient("finetune", [update], parts=granted, on_start=self.remember_start)]
 
     def moves(self) -> list[Moves]:
         """The head at the full rate, the backbone's stages at decreasing ones from output to input."""

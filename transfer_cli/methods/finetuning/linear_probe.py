@@ -36,14 +36,14 @@ class LinearProbe(Method):
         self.fitted = Fitted()
 
     def phases(self) -> list[ClosedForm]:
-        return [ClosedForm("probe", self.fit)]
+        labelled = {"source": self.use_source, "target_labelled": self.labels != "source"}
+        return [ClosedForm("probe", self.fit, parts=[name for name, used in labelled.items() if used])]
 
     def features(self, x: Any) -> Tensor:
         return self.backbone(x)
 
     def fit(self, task: FeatureTask) -> None:
-        parts = [task.source if self.use_source else None, task.target_labelled if self.labels != "source" else None]
-        x, y, weights = joined([p for p in parts if p is not None])
+        x, y, weights = joined([p for p in (task.source, task.target_labelled) if p is not None])
         mean, scale = x.mean(0), x.std(0, correction=0)
         scale = torch.where(scale > 1e-8, scale, 1.0)  # a constant feature stays one
         z = (x - mean) / scale

@@ -43,13 +43,13 @@ def fit_logistic(
 
 
 def fit_ridge(x: Tensor, y: Tensor, l2: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimise `½ Σ_i w_i ‖W x_i + b - y_i‖² + (l2 / 2) ‖W‖²`, the weights summing to one.
+    """Minimise `½ Σ_i w_i ‖W x_i + b - y_i‖² + (l2 / 2) ‖W‖²`.
 
     Returns:
         `W` `(T, D)`, `b` `(T,)` and the weighted residual variance `(T,)`.
     """
     x, y = x.double(), y.double()
-    weights = weights.double() / weights.sum()
+    l2, weights = l2 / float(weights.sum()), weights.double() / weights.sum()
     mean_x, mean_y = weights @ x, weights @ y
     xc, yc = x - mean_x, y - mean_y
     gram = (xc * weights[:, None]).T @ xc + l2 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
