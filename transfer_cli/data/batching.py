@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class Stream:
 
     def _through_workers(self, start: int) -> Iterator[tuple[Tensor, Any]]:
         pin = self.device.type == "cuda"
-        return iter(_loader(self.inputs, self._all_indices(start), self.workers, pin))
+        return _loader(self.inputs, self._all_indices(start), self.workers, pin)
 
 
 class _Decoded(Dataset[Any]):
@@ -110,8 +111,8 @@ class _Decoded(Dataset[Any]):
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
 
-    def __getitem__(self, indices: Any) -> tuple[Tensor, Any]:
-        return indices, self.inputs.batch(indices)
+    def __getitem__(self, indices: list[int]) -> Any:
+        return self.inputs.batch(torch.tensor(indices))
 
 
 def _own_signals(worker: int) -> None:
@@ -120,10 +121,21 @@ def _own_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _loader(inputs: Inputs, batches: Any, workers: int, pin: bool) -> Iterator[Any]:
+def _loader(inputs: Inputs, batches: Iterable[Tensor], workers: int, pin: bool) -> Iterator[tuple[Tensor, Any]]:
+    """Indices and samples of each batch, decoded by workers.
+
+    To the workers go plain numbers: a tensor would travel as a file descriptor, which a signal at the wrong moment loses.
+    """
+    sent: deque[Tensor] = deque()
+
+    def numbers() -> Iterator[list[int]]:
+        for indices in batches:
+            sent.append(indices)
+            yield indices.tolist()
+
     loader = DataLoader(
         _Decoded(inputs),
-        sampler=batches,
+        sampler=numbers(),
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
@@ -132,7 +144,8 @@ def _loader(inputs: Inputs, batches: Any, workers: int, pin: bool) -> Iterator[A
         worker_init_fn=_own_signals,
     )
     try:
-        yield from loader
+        for x in loader:  # in the order in which they were sent
+            yield sent.popleft(), x
     except TransferError as error:
         # A worker's error arrives wrapped in its traceback; its last line is ours.
         raise TransferError(
@@ -149,6 +162,6 @@ def in_order(
     if inputs.in_memory:
         raw = ((indices, inputs.batch(indices)) for indices in batches)
     else:
-        raw = _loader(inputs, list(batches), workers, device.type == "cuda")
+        raw = _loader(inputs, batches, workers, device.type == "cuda")
     for _, x in raw:
         yield to_model(x, device, channels_last)

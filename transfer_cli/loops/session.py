@@ -161,7 +161,12 @@ def run_phases(session: Session) -> int:
         TransferError: a loss that is not finite.
     """
     phases = session.method.phases()
-    position = session.checkpoints.open() or {"phase": 0, "step": 0}
+    position = session.checkpoints.open()
+    if position is None:
+        position = {"phase": 0, "step": 0}
+        session.metrics.load_state_dict(
+            {"bytes": 0}
+        )  # a process that died before its first checkpoint may have written some
     parts: dict[str, Stateful] = {"method": session.method, "monitor": session.monitor, "metrics": session.metrics}
     if session.average is not None:
         parts["average"] = session.average
