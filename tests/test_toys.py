@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,25 +82,9 @@ def test_toys_run_evaluate_predict_and_resume(
 
     expected = outcome_of(done.run)
     with monkeypatch.context() as patch:
-        if name == "source_free":
-            stop_at_step_of_target(patch)
-        else:
-            stop_at(patch, 33)
+        stop_at(patch, 33, stream="target_labelled" if name == "source_free" else "source")
         assert transfer("run", *chosen, "force=true").code == 143
     assert_same(transfer("run", *chosen).run, expected)
-
-
-def stop_at_step_of_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transfer_cli.data.batching import Stream
-
-    original = Stream.indices
-
-    def indices(self: Stream, step: int) -> object:
-        if self.name == "target_labelled" and step == 33:
-            signal.raise_signal(signal.SIGTERM)
-        return original(self, step)
-
-    monkeypatch.setattr(Stream, "indices", indices)
 
 
 def test_regression_refuses_what_is_for_classes(transfer: Transfer, toys: None) -> None:
