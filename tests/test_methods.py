@@ -522,7 +522,7 @@ def test_a_feature_that_never_varied_is_ignored() -> None:
     x = torch.cat([x, torch.full((90, 1), 77.7, dtype=torch.float64)], 1)  # its mean is not exact
     method = LinearProbe(context(Identity(InputSpec("vector", (5,))), classes=3))
     method.fit(FeatureTask(Features(x, y), Features(x), None))
-    assert float(method.fitted.w[:, 4].abs().max()) < 1e-12
+    assert float(method.head.fitted.w[:, 4].abs().max()) < 1e-12
     moved = x.clone()
     moved[:, 4] += 100  # as it may in the target
     torch.testing.assert_close(method.predict(moved).log_probs, method.predict(x).log_probs)

@@ -20,7 +20,7 @@ from transfer_cli.data.task import Heldout, TaskShape, TransferTask, match_label
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.checkpoints import read_checkpoint
 from transfer_cli.loops.rng import seed_all
-from transfer_cli.methods.base import Context, Method
+from transfer_cli.methods.base import Context, FeatureOptions, Method
 from transfer_cli.registry import Component
 from transfer_cli.run_folder import RunFolder, read_json
 
@@ -92,7 +92,13 @@ def build_method(
         label_std=None if labels is None else labels.std(0, correction=0).clamp_min(1e-8),
         bottleneck=config.bottleneck,
         domain_batches=config.trainer.domain_batches,
+        features=FeatureOptions(
+            tuple(config.features.normalise), config.features.reduce, config.features.components, config.features.whiten
+        ),
     )
+    if "head" in components:
+        make_head = components["head"].build
+        context = replace(context, make_head=lambda: make_head(context.kind, context.outputs))
     method: Method = components["method"].build(context)
     method.to(device)
     if config.trainer.channels_last:

@@ -42,6 +42,7 @@ def prepare(
     for leftover in folder.path.rglob("*.tmp"):
         leftover.unlink()
     kept = {**asdict(config), "force": False, "retry_failed": False}  # words to one start, not to the run
+    kept["head"] = config.head if "head" in components else {}
     write_atomically(folder.config, yaml.safe_dump(kept, sort_keys=False).encode())
     if not folder.manifest.exists():
         write_json(

@@ -81,7 +81,8 @@ def load_choice(group: str, name: str, overrides: Sequence[str]) -> dict[str, An
 
 
 def resolve_components(config: Config) -> dict[str, Component]:
-    """Each group's choice, checked against its implementation's signature; `source` is left out where it is none."""
+    """Each group's choice, checked against its implementation's signature; left out are `source` where it is none, and
+    `head` where the method has no use for it."""
     for plugin in config.plugins:
         find_plugin(plugin)
     nodes = {group: getattr(config, group) for group in COMPONENTS}
@@ -89,7 +90,11 @@ def resolve_components(config: Config) -> dict[str, Component]:
         del nodes["source"]
     if not nodes["target"].get("implementation"):
         raise TransferError("a run needs a target: set target=NAME. `transfer list dataset` shows all.")
-    return {group: component(group, node, config.plugins) for group, node in nodes.items()}
+    head = nodes.pop("head")
+    components = {group: component(group, node, config.plugins) for group, node in nodes.items()}
+    if getattr(components["method"].implementation, "uses_head", False):
+        components["head"] = component("head", head, config.plugins)
+    return components
 
 
 def data_root(config: Config) -> Path | None:

@@ -46,6 +46,17 @@ class Subset:
 
 
 @dataclass
+class Features:
+    """What is done to frozen features before a method on features sees them."""
+
+    normalise: list[str] = field(default_factory=list)  # row_sum, l2, zscore, zscore_domain, center_domain; in order
+    reduce: str = "none"  # none | pca | nmf, fitted to both domains
+    components: int = 50  # that the reduction keeps
+    whiten: bool = False  # pca: components of variance one
+    cache_gb: float = 10.0  # of features kept under outputs/cache/features; the longest unused go first
+
+
+@dataclass
 class Trainer:
     steps: int = 1500  # of every gradient phase that does not set its own
     batch_size: int = 64  # of each domain
@@ -70,7 +81,9 @@ class Config:
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     augment: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] = field(default_factory=dict)
     trainer: Trainer = field(default_factory=Trainer)
+    features: Features = field(default_factory=Features)
     image: Image = field(default_factory=Image)
     split: Split = field(default_factory=Split)
     subset: Subset = field(default_factory=Subset)
@@ -95,7 +108,7 @@ class Config:
     plugins: list[str] = field(default_factory=list)
 
 
-COMPONENTS = ("source", "target", "backbone", "method", "optimizer", "schedule", "augment")
+COMPONENTS = ("source", "target", "backbone", "method", "optimizer", "schedule", "augment", "head")
 OUTSIDE_IDENTITY = (
     "outputs",
     "data_root",
@@ -110,6 +123,7 @@ OUTSIDE_IDENTITY = (
     "trainer.checkpoint_every",
     "image.memory_limit_mb",
     "trainer.eval_batch_size",
+    "features.cache_gb",
 )
 
 
@@ -140,6 +154,8 @@ def check(config: Config) -> None:
     for key in ("steps", "batch_size", "eval_batch_size", "eval_every", "checkpoint_every", "log_every"):
         if getattr(config.trainer, key) < 1:
             raise TransferError(f"trainer.{key} must be at least 1, not {getattr(config.trainer, key)}.")
+    if config.features.components < 1 or config.features.cache_gb < 0:
+        raise TransferError("features.components must be at least 1, and features.cache_gb not negative.")
     for key in ("source", "target", "test"):
         size = getattr(config.subset, key)
         if size is not None and size < 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from transfer_cli.data.augment import Augment
-from transfer_cli.data.inputs import ArrayInputs, Inputs, Padded
+from transfer_cli.data.inputs import ArrayInputs, Extracted, Inputs, Padded
 from transfer_cli.errors import TransferError
 
 
@@ -24,9 +24,11 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
-def to_model(x: Tensor | Padded, device: torch.device, channels_last: bool = False) -> Tensor | Padded:
+def to_model(
+    x: Tensor | Padded | Extracted, device: torch.device, channels_last: bool = False
+) -> Tensor | Padded | Extracted:
     """What a reader keeps to what a network reads: on the device, images as floats in [0, 1]."""
-    if isinstance(x, Padded):
+    if isinstance(x, Padded | Extracted):
         return x.to(device)
     x = x.to(device, non_blocking=True)
     if x.dtype == torch.uint8:

@@ -40,6 +40,15 @@ class Padded(NamedTuple):
         return Padded(self.values.to(device), self.mask.to(device))
 
 
+class Extracted(NamedTuple):
+    """A batch of features `(B, D)` that a frozen backbone computed before."""
+
+    values: Tensor
+
+    def to(self, device: torch.device) -> Extracted:
+        return Extracted(self.values.to(device))
+
+
 class Inputs(Protocol):
     """Samples without labels. `batch` returns what a network reads, images still as uint8."""
 
@@ -49,7 +58,7 @@ class Inputs(Protocol):
     def in_memory(self) -> bool: ...
     def __len__(self) -> int: ...
     def take(self, indices: Tensor) -> Inputs: ...
-    def batch(self, indices: Tensor) -> Tensor | Padded: ...
+    def batch(self, indices: Tensor) -> Tensor | Padded | Extracted: ...
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ EXAMPLES = 64  # samples a domain whose inputs are kept
 
 class Predictor(Protocol):
     def predict(self, x: Any) -> Prediction: ...
+    def predict_source(self, x: Any) -> Prediction: ...
     def features(self, x: Any) -> Tensor: ...
     def eval(self) -> Any: ...
 
@@ -98,7 +99,7 @@ class Evaluator:
         part = self.task.source_validation
         if part is None or not self.task.source_labels_fit_head:
             return View(self.task.kind, None, None, target)
-        return View(self.task.kind, self._predict(method, part.inputs), part.labels, target)
+        return View(self.task.kind, self._predict(method, part.inputs, "source"), part.labels, target)
 
     def final(self, method: Predictor) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
         """Metrics by split, validators' scores, and arrays for predictions.npz."""
@@ -108,7 +109,7 @@ class Evaluator:
         if self.heldout.source_test is not None and self.task.source_labels_fit_head:
             parts["source_test"] = self.heldout.source_test
         for split, part in parts.items():
-            prediction = self._predict(method, part.inputs)
+            prediction = self._predict(method, part.inputs, split.removesuffix("_test"))
             metrics[split] = score(self.task.kind, prediction, part.labels)
             arrays.update(_arrays(split, prediction, part.labels, part.ids))
             if split == "target_test":
@@ -134,8 +135,9 @@ class Evaluator:
                 examples[split] = images.numpy()  # type: ignore[union-attr]
         return features, examples
 
-    def _predict(self, method: Predictor, inputs: Inputs) -> Prediction:
-        return Prediction.concatenate(self._run(method, inputs, method.predict))
+    def _predict(self, method: Predictor, inputs: Inputs, domain: str = "target") -> Prediction:
+        function = method.predict_source if domain == "source" else method.predict
+        return Prediction.concatenate(self._run(method, inputs, function))
 
     def _run(self, method: Predictor, inputs: Inputs, function: Callable[[Any], Any]) -> list[Any]:
         method.eval()

@@ -24,10 +24,14 @@ def run_closed_form(phase: ClosedForm, session: Session, place: Place) -> None:
         labels = part.labels.to(session.device) if hasattr(part, "labels") else None
         return Features(_extract(session, part.inputs), labels)
 
-    phase.fit(FeatureTask(**{name: features(part) for name, part in task_parts(session.task, phase.parts).items()}))
+    figures = phase.fit(
+        FeatureTask(**{name: features(part) for name, part in task_parts(session.task, phase.parts).items()})
+    )
     if session.average is not None:
         session.average.module.load_state_dict(method.state_dict())
-    session.console.advance(1, {})
+    if figures:
+        session.metrics.write(step=place.steps_before, phase=phase.name, split="diagnostics", values=figures)
+    session.console.advance(1, figures or {})
     session.monitor.observe(session.evaluated, place.steps_before, phase.name, candidate=place.last)
     session.console.stop()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,19 @@ from torch import Tensor, nn
 
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.phases import Phase
+
+if TYPE_CHECKING:
+    from transfer_cli.methods.heads.base import Head
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """What is done to frozen features before a method sees them (`methods/preprocessing.py`)."""
+
+    normalise: Sequence[str] = ()
+    reduce: str = "none"
+    components: int = 50
+    whiten: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,8 @@ class Context:
     label_std: Tensor | None = None
     bottleneck: int | None = None
     domain_batches: str = "joint"
+    features: FeatureOptions = field(default_factory=FeatureOptions)
+    make_head: Callable[[], Head] | None = None  # a new one each time; None: the method has no use for it
 
     @property
     def outputs(self) -> int:
@@ -58,6 +73,8 @@ class Method(nn.Module):
     needs: ClassVar[Needs] = Needs()
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
     handles_target_labels: ClassVar[bool] = False  # True: the gradient loop adds no supervised target term
+    uses_head: ClassVar[bool] = False  # True: the group `head` is part of the configuration
+    frozen_backbone: ClassVar[bool] = False  # True: never trained, so features are extracted once and kept
 
     def phases(self) -> Sequence[Phase]:
         raise NotImplementedError
@@ -69,6 +86,10 @@ class Method(nn.Module):
     def predict(self, x: Any) -> Prediction:
         """Inputs `(B, ...)` to a distribution a sample."""
         raise NotImplementedError
+
+    def predict_source(self, x: Any) -> Prediction:
+        """The same for source samples, where a method treats the domains differently."""
+        return self.predict(x)
 
     def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
         """The loss of granted target labels, which the gradient loop adds unless the method handles them."""

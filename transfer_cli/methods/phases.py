@@ -105,10 +105,10 @@ class FeatureTask:
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """Fit once on features. `fit(features)` leaves its result in the method's state."""
+    """Fit once on features. `fit(features)` leaves its result in the method's state, and returns figures to be logged, if any."""
 
     name: str
-    fit: Callable[[FeatureTask], None]
+    fit: Callable[[FeatureTask], dict[str, float] | None]
     parts: Sequence[str] = ALL_PARTS
 
 

@@ -138,6 +138,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     settings = {"": {key: value for key, value in common.items() if key not in (*SEEDS, *OUTSIDE_IDENTITY)}}
     for group in COMPONENTS:
         node = {k: v for k, v in (config.get(group) or {}).items() if k not in ("implementation", "search")}
+        if group == "head" and not node:  # the method has its own
+            continue
         owner = group
         if group not in DATA:
             settings[""][group] = name = node.pop("name", group)

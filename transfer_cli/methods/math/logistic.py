@@ -11,6 +11,12 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 
+def standardising(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation `(D,)` of each feature; a constant one stays as it is."""
+    scale = x.std(0, correction=0)
+    return x.mean(0), torch.where(scale > 1e-8, scale, 1.0)
+
+
 def fit_logistic(
     x: Tensor, y: Tensor, num_classes: int, l2: float, weights: Tensor, tolerance: float = 1e-6, max_steps: int = 2000
 ) -> tuple[Tensor, Tensor]:
