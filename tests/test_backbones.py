@@ -266,12 +266,27 @@ def test_a_small_stem_keeps_the_resolution(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["googlenet", "inception_v3"])
-def test_torchvisions_weights_get_the_normalisation_that_they_were_trained_with(model: str) -> None:
-    """They were trained on inputs from -1 to 1, and with those weights the networks turn ImageNet's scaling into that."""
-    from transfer_cli.backbones.torchvision import _construction
-
-    assert _construction(model, image(224), "imagenet")["transform_input"] is True
-    assert _construction(model, image(224), "none")["transform_input"] is False
+def test_torchvisions_weights_get_the_normalisation_that_they_were_trained_with(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were trained on inputs from -1 to 1, into which torchvision's `transform_input` turns ImageNet's scaling. Here it is a
+    buffer, so that the network is the same when a checkpoint brings its weights."""
+    published = models.get_model(model, weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
+    monkeypatch.setattr(
+        type(models.get_model_weights(model).DEFAULT), "get_state_dict", lambda *a, **k: published.state_dict()
+    )
+    backbone = Torchvision(image(96), model=model, weights="imagenet").eval()
+    again = Torchvision(image(96), model=model, weights="none").eval()
+    again.load_state_dict(backbone.state_dict())
+    x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    normalised = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
+        3, 1, 1
+    )
+    published.fc = nn.Identity()
+    with torch.no_grad():
+        wanted = published(normalised)
+        torch.testing.assert_close(backbone(x), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+        assert torch.equal(again(x), backbone(x))
 
 
 def test_missing_imagenet_weights_say_where_they_belong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -81,6 +82,19 @@ def _seconds(argument: str | None, cwd: Path) -> float:
         (["run", *SMALL, "backbone.weights=nothing.pt"], "backbone.weights: there is no file nothing.pt."),
         (["run", *SMALL, "backbone=resnet18", "backbone.weights=none", "image.channels=1"], "set image.channels=3"),
         (["run", "plugins=[no_such_module]", "method.implementation=no_such_module:X"], "no_such_module"),
+        (["run", "trainer.clip_norm=-1"], "trainer.clip_norm is a positive norm"),
+        (["run", "bottleneck=0"], "bottleneck is a width, at least 1"),
+        (["run", "method=null"], "can be null: choose a NAME"),
+        (["run", *SMALL, "schedule.warmup=-1"], "schedule 'inverse_decay': warmup is a share between 0 and 1"),
+        (["run", *SMALL, "optimizer.lr=-1"], "optimizer 'sgd': Invalid learning rate: -1.0"),
+        (["run", *SMALL, "method.dropout=2"], "method 'dann': dropout probability"),
+        (["run", *SMALL, "augment.scale=[0,1]"], "augment 'digits': scale is [low, high] with 0 < low <= high"),
+        (["run", *SMALL, "image.size=4"], "backbone small_cnn halves image of 1 x 4 x 4"),
+        (["run", *SMALL, "backbone.widths=[]"], "backbone small_cnn"),
+        (["run", *SMALL, "backbone=lenet", "image.size=4"], "backbone lenet cannot take"),
+        (["run", *SMALL, "method=tca", "method.ridge=0"], "method.ridge must be positive"),
+        (["run", *SMALL, "method=tca", "head=svn"], "no head named 'svn'. Did you mean 'svm'?"),
+        (["run", *SMALL, "method=tca", "features.normalise=[l3]"], "features.normalise must be one of"),
         (["evaluate", "nowhere"], "nowhere is not a run's folder"),
         (["predict", "nowhere", "x.png"], "nowhere is not a run's folder"),
         (["run", "--config-dir", "nowhere"], "there is no folder nowhere"),
@@ -240,7 +254,7 @@ def test_changed_data_are_noticed(transfer: Transfer, tmp_path: Path) -> None:
 def test_hydra_flags_work(transfer: Transfer) -> None:
     assert "method: dann" not in transfer("run", "--cfg", "job").out
     assert "name: dann" in transfer("run", "--cfg", "job").out
-    assert "method: dann, deep_coral" in transfer("run", "--help").out
+    assert re.search(r"method: .*\bdann, deep_coral", transfer("run", "--help").out)
     assert "Defaults" in transfer("run", "--info", "defaults").out
 
 

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from transfer_cli.config import hydra_glue
 from transfer_cli.config.compose import resolve_components, typed
 from transfer_cli.config.folders import packaged_folder
+from transfer_cli.config.hydra_glue import composed
 from transfer_cli.config.identity import identify
 
 
@@ -82,3 +83,12 @@ def test_a_default_added_to_a_component_changes_nothing(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(SourceOnly, "__init__", extended)
     assert identity_of("method=source_only") == before
+
+
+def test_an_implementation_of_ones_own_under_a_packaged_name_is_another_run() -> None:
+    from dataclasses import replace
+
+    config = typed(composed([]))
+    components = resolve_components(config)
+    own = {**components, "backbone": replace(components["backbone"], reference="mine:SmallCNN")}
+    assert identify(config, components).hash != identify(config, own).hash

@@ -146,7 +146,7 @@ def test_an_unreadable_file_is_named(content: bytes | str, tmp_path: Path) -> No
     with pytest.raises(TransferError) as caught:
         inputs.batch(torch.tensor([0]))
     assert f"unreadable image: {path}" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(TransferError, match="unreadable image"):
+    with pytest.raises(TransferError, match="there is no image "):
         ImageFiles([str(tmp_path / "missing.png")], size=8).to_memory()
 
 
@@ -330,6 +330,15 @@ def test_files_are_decoded_once(files: ImageFiles, tmp_path: Path, decodes: list
     second = decode_once(files, tmp_path / "cache")
     assert decodes == [0, 1, 2, 3] and torch.equal(first.values, second.values)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npy"], "no temporary file is left"
+
+
+def test_what_a_killed_process_left_is_written_over(files: ImageFiles, tmp_path: Path) -> None:
+    expected = decode_once(files, tmp_path / "cache").values.clone()
+    (path,) = (tmp_path / "cache").iterdir()
+    path.rename(path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").write_bytes(b"half")
+    assert torch.equal(decode_once(files, tmp_path / "cache").values, expected)
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npy"]
 
 
 def test_a_changed_file_is_decoded_again(files: ImageFiles, tmp_path: Path, decodes: list[int]) -> None:

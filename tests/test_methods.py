@@ -604,3 +604,30 @@ def test_a_probe_predicts_the_same_after_a_checkpoint() -> None:
     first.fit(task)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.predict(source.x).probs, second.predict(source.x).probs)
+
+
+def test_layer_wise_rates_count_only_layers_that_learn() -> None:
+    from transfer_cli.backbones.torchvision import Torchvision
+
+    backbone = Torchvision(InputSpec("image", (3, 32, 32)), model="resnet18", weights="none")
+    moves = FineTune(context(backbone), backbone_lr=0.1, layer_decay=0.5).moves()
+    rate = {id(p): m.lr_scale for m in moves for p in m.parameters}
+    stages = [
+        backbone.model.layer4,
+        backbone.model.layer3,
+        backbone.model.layer2,
+        backbone.model.layer1,
+        backbone.model.bn1,
+    ]
+    found = [rate[id(next(stage.parameters()))] for stage in stages]
+    assert found == pytest.approx([0.1, 0.05, 0.025, 0.0125, 0.00625])
+    assert rate[id(backbone.model.conv1.weight)] == pytest.approx(0.003125)
+
+
+def test_coral_is_computed_in_full_precision_under_autocast() -> None:
+    draw = torch.Generator().manual_seed(0)
+    source = torch.randn(64, 32, generator=draw)
+    target = source + 1e-3 * torch.randn(64, 32, generator=draw)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = coral_distance(source, target)
+    torch.testing.assert_close(found, coral_distance(source, target))

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from PIL import Image
 
 from transfer_cli import cli
 from transfer_cli.data.batching import Stream
+from transfer_cli.loops.checkpoints import Checkpoints
 
 Transfer = Callable[..., Outcome]
 
@@ -150,6 +152,25 @@ def test_a_truncated_checkpoint_falls_back_to_the_previous(transfer: Transfer, m
     assert_same(whole.run, expected)
 
 
+def test_a_broken_checkpoint_never_replaces_a_whole_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "id")
+    for step in (1, 2):
+        checkpoints.save({"phase": 0, "step": step, "global_step": step})
+    (tmp_path / "last.pt").write_bytes(b"half of it")
+    assert (checkpoints.open() or {})["step"] == 1
+    assert not (tmp_path / "last.pt").exists(), "or the next save would move it over the whole one"
+
+
+def test_lost_metrics_are_not_made_up(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 25)
+        assert transfer("run", *IN_MEMORY).code == 143
+    next(Path("outputs").rglob("metrics.jsonl")).unlink()
+    again = transfer("run", *IN_MEMORY)
+    assert again.code == 0
+    assert all(json.loads(line) for line in (again.run / "metrics.jsonl").read_text().splitlines())
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
     other = transfer("run", *SMALL, "seed=5")
     with monkeypatch.context() as patch:
@@ -195,6 +216,32 @@ def in_a_child(arguments: list[str], seconds: float, number: int) -> int:
         time.sleep(0.002)
     os.kill(pid, number)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_process_group_saves_too(
+    transfer: Transfer, folder_of_images: list[str], number: int, code: int
+) -> None:
+    """A scheduler's SIGTERM, like Ctrl-C, reaches the loader's workers as well."""
+    chosen = [
+        *folder_of_images,
+        "workers=2",
+        "trainer.steps=4000",
+        "trainer.eval_every=4000",
+        "trainer.checkpoint_every=4000",
+    ]
+    command = [sys.executable, "-m", "transfer_cli", "run", *chosen]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while "labelled source" not in process.stdout.readline():
+            pass
+        time.sleep(1.0)  # until its workers work
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "stopped and saved" in out and err == ""
 
 
 def storm(transfer: Transfer, chosen: list[str], workers: list[int], strikes: int) -> None:

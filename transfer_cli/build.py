@@ -9,16 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfer_cli.backbones.base import Backbone
+from transfer_cli.backbones.base import Backbone, build_checked
 from transfer_cli.config.compose import data_root
-from transfer_cli.config.identity import label
+from transfer_cli.config.identity import component_content, label
 from transfer_cli.config.schema import Config
 from transfer_cli.data.batching import derive_seed
-from transfer_cli.data.domain import Domain, Place, Reader
+from transfer_cli.data.domain import Domain, Origin, Part, Place, Reader, fingerprint_code, fingerprint_values
+from transfer_cli.data.extraction import make_extractor, with_features
+from transfer_cli.data.feature_cache import FeatureCache
 from transfer_cli.data.reconcile import reconcile
 from transfer_cli.data.task import Heldout, TaskShape, TransferTask, match_labels, split_pair
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.checkpoints import read_checkpoint
+from transfer_cli.loops.console import Console
+from transfer_cli.loops.gradient import AUTOCAST
 from transfer_cli.loops.rng import seed_all
 from transfer_cli.methods.base import Context, FeatureOptions, Method
 from transfer_cli.registry import Component
@@ -41,13 +45,22 @@ def readers(config: Config, components: Components) -> dict[str, Reader]:
     return {group: components[group].build(place) for group in ("source", "target") if group in components}
 
 
-def pose_problem(config: Config, components: Components) -> Problem:
-    """Load both domains, bring them to one shape, relate their classes and draw the splits."""
+def pose_problem(config: Config, components: Components, fingerprints: Mapping[str, str] | None = None) -> Problem:
+    """Load both domains, bring them to one shape, relate their classes and draw the splits.
+
+    With `fingerprints`, the readers' by group, every part knows its origin.
+    """
     domains: dict[str, Domain] = {group: reader.load() for group, reader in readers(config, components).items()}
     source, target = domains.get("source"), domains["target"]
     space = match_labels(source, target, config.label_space)
     wants, cache = components["backbone"].implementation, Path(config.outputs) / "cache" / "decoded"
-    source, target, notes = reconcile(source, target, config.image, wants=wants, cache=cache)
+    image = config.image
+    if image.storage == "auto" and _works_on_features(components):
+        image = replace(image, storage="files")  # each is read once at most, and none whose features are there
+    source, target, notes = reconcile(source, target, image, wants=wants, cache=cache)
+    if fingerprints is not None:
+        source = None if source is None else _with_origin(source, components["source"], fingerprints["source"])
+        target = _with_origin(target, components["target"], fingerprints["target"])
     task, heldout = split_pair(
         source,
         target,
@@ -59,7 +72,8 @@ def pose_problem(config: Config, components: Components) -> Problem:
         subset={"source": config.subset.source, "target": config.subset.target, "test": config.subset.test},
         data_seed=config.data_seed,
     )
-    return Problem(task, heldout, tuple(notes))
+    read = [note for domain in domains.values() for note in domain.notes]
+    return Problem(task, heldout, (*dict.fromkeys(read), *notes))
 
 
 def build_method(
@@ -75,7 +89,7 @@ def build_method(
     """
     check_needs(components["method"], shape)
     seed_all(derive_seed(config.seed, "initialisation"), torch.device("cpu"))
-    backbone: Backbone = components["backbone"].build(shape.input)
+    backbone = build_checked(components["backbone"].build, shape.input, components["backbone"].name)
     if labels is None and shape.kind == "regression":
         labels = torch.zeros(2, shape.target_width)
     context = Context(
@@ -103,9 +117,50 @@ def build_method(
     method.to(device)
     if config.trainer.channels_last:
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if method.frozen_backbone and config.trainer.precision != "32":
+        # Gradient phases have an autocast of their own. Here it goes wherever the backbone goes: features that are kept,
+        # those of `transfer evaluate` and of new samples are of one precision.
+        cast = torch.autocast(device.type, AUTOCAST[config.trainer.precision])
+        backbone.forward = cast(backbone.forward)  # type: ignore[method-assign]
     if config.trainer.compile:
         backbone.compile()  # in place: names of parameters stay, so checkpoints fit with and without
     return method
+
+
+def extract_features(
+    problem: Problem, method: Method, config: Config, components: Components, device: torch.device, console: Console
+) -> Problem:
+    """The problem on features, extracted once and shared with other runs, where the method never trains its backbone."""
+    if not _works_on_features(components):
+        return problem
+    assert isinstance(method.backbone, Backbone)
+    extractor = make_extractor(method.backbone, components["backbone"], problem.task.input, config, device)
+    limit = int(config.features.cache_gb * 2**30)
+    cache = FeatureCache(Path(config.outputs) / "cache" / "features", limit) if limit else None
+    return Problem(*with_features(problem.task, problem.heldout, extractor, cache, console), problem.notes)
+
+
+def _works_on_features(components: Components) -> bool:
+    method, backbone = components["method"].implementation, components["backbone"].implementation
+    return method.frozen_backbone and not backbone.trivial  # type: ignore[attr-defined]
+
+
+def _with_origin(domain: Domain, component: Component, fingerprint: str) -> Domain:
+    content = component_content(component)
+    reading = (
+        component.reference,
+        content["version"],
+        content["parameters"],
+        fingerprint_code(component.implementation),
+    )
+
+    def known(part: Part, split: str) -> Part:
+        key = fingerprint_values(fingerprint, reading, split, part.inputs.spec)
+        name = label(component) + (f" {split}" if domain.test is not None else "")
+        return replace(part, origin=Origin(key, name, torch.arange(len(part)), len(part)))
+
+    test = None if domain.test is None else known(domain.test, "test")
+    return replace(domain, train=known(domain.train, "train"), test=test)
 
 
 def training_labels(task: TransferTask) -> Tensor | None:

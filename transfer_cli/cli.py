@@ -15,8 +15,10 @@ COMMANDS = {
     "run": "run one experiment, or a sweep with -m: transfer run method=dann",
     "list": "what there is to choose from: transfer list methods",
     "report": "finished runs as a table: transfer report --format md",
+    "reproduce": "a published table, run and compared: transfer reproduce office_caltech_surf",
     "predict": "classes and probabilities for new samples: transfer predict RUN_DIR FILES...",
     "evaluate": "recompute a run's figures from its checkpoint: transfer evaluate RUN_DIR",
+    "cache": "features that runs share: transfer cache --clear",
 }
 
 USAGE = f"""transfer {__version__}: transfer learning and domain adaptation under one honest protocol

@@ -9,7 +9,7 @@ import torch
 
 from transfer_cli import outputs
 from transfer_cli.announce import opening_lines
-from transfer_cli.build import build_method, pose_problem, readers, training_labels
+from transfer_cli.build import build_method, extract_features, pose_problem, readers, training_labels
 from transfer_cli.config.compose import resolve_components
 from transfer_cli.config.identity import identify
 from transfer_cli.config.schema import Config
@@ -46,9 +46,12 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
         reproducible(device)
         use_threads((read_json(folder.manifest) or {}).get("threads") or config.threads)
 
-        # the domains, the task they pose, the method on its backbone
-        problem = pose_problem(config, components)
+        # the domains, the task they pose, the method on its backbone; features instead of inputs, if that is never trained
+        problem = pose_problem(config, components, fingerprints)
         method = build_method(config, components, problem.task.shape, device, training_labels(problem.task))
+        for line in opening_lines(config, components, problem, method, device):
+            console.say(line)
+        problem = extract_features(problem, method, config, components, device, console)
         evaluator = make_evaluator(config, problem.task, problem.heldout, device)
         loaded = time.perf_counter() - began
 
@@ -59,8 +62,6 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
 
         outputs.prepare(folder, config, components, identity, fingerprints, device, command)
         console.log_to(folder.log)
-        for line in opening_lines(config, components, problem, method, device):
-            console.say(line)
         try:
             with interrupt.watching():
                 # the method's phases

@@ -46,7 +46,12 @@ class Component:
         return int(getattr(self.implementation, "version", 1))
 
     def build(self, *arguments: Any) -> Any:
-        return self.implementation(*arguments, **self.parameters)
+        """Raises:
+        TransferError: a value that the implementation refuses."""
+        try:
+            return self.implementation(*arguments, **self.parameters)
+        except ValueError as error:
+            raise TransferError(f"{self.group} '{self.name}': {error}") from error
 
 
 def installed_plugins() -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from transfer_cli.backbones.weights import load_into, load_state
-from transfer_cli.data.inputs import InputSpec
+from transfer_cli.data.inputs import InputSpec, Padded
 from transfer_cli.errors import TransferError, suggest
 
 
@@ -24,6 +25,7 @@ class Backbone(nn.Module):
     preferred_size: ClassVar[int | None] = None  # image side taken when the configuration says auto
     minimum_size: ClassVar[int] = 1  # smaller images are enlarged to it when the configuration says auto
     preferred_channels: ClassVar[int | None] = None
+    trivial: ClassVar[bool] = False  # True: computing its features costs no more than reading them from a file
     out_features: int
 
     def __init__(self, spec: InputSpec) -> None:
@@ -83,6 +85,30 @@ class Backbone(nn.Module):
         for module in self._frozen:
             module.eval()
         return self
+
+
+def build_checked(build: Callable[[InputSpec], Backbone], spec: InputSpec, name: str) -> Backbone:
+    """Build a backbone and send two blank samples through it, before any work.
+
+    Raises:
+        TransferError: it cannot take such inputs, or does not give `(2, out_features)`.
+    """
+    if spec.kind == "sequence":
+        dummy: Any = Padded(torch.zeros(2, 3, *spec.shape), torch.ones(2, 3, dtype=torch.bool))
+    else:
+        dummy = torch.zeros(2, *spec.shape)
+    try:
+        backbone = build(spec)
+        with torch.no_grad():
+            shape = tuple(backbone.eval()(dummy).shape)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TransferError(
+            f"backbone {name} cannot take {spec} ({reason}). image.size or another key may help."
+        ) from error
+    if backbone.out_features < 1 or shape != (2, backbone.out_features):
+        raise TransferError(f"backbone {name} says {backbone.out_features} features a sample, and gives {shape[1:]}.")
+    return backbone.train()
 
 
 def flat_width(shape: Sequence[int]) -> int:

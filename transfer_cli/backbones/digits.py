@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from transfer_cli.backbones.base import Backbone, flat_width
 from transfer_cli.data.inputs import InputSpec
+from transfer_cli.errors import TransferError
 from transfer_cli.registry import FilePath
 
 
@@ -35,6 +36,11 @@ class SmallCNN(Backbone):
             for a, b in zip(channels, widths, strict=False)
         )
         side = spec.shape[1] // 2 ** len(widths)
+        if not widths or side < 1:
+            raise TransferError(
+                f"backbone small_cnn halves {spec} {len(widths)} times: set image.size to at least {2 ** len(widths)}, or "
+                "between one and that many backbone.widths."
+            )
         self.project = nn.Sequential(
             nn.Flatten(),
             nn.Linear(widths[-1] * side * side, features, bias=False),

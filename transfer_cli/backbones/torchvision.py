@@ -110,13 +110,15 @@ class Torchvision(Backbone):
         load_into(self.model, state, weights, ignored=(head + ".", "aux", "AuxLogits"))
 
     def _published(self, key: str, fallback: list[float]) -> list[float]:
+        if self._transform is not None and isinstance(self.model, models.GoogLeNet | models.Inception3):
+            # torchvision's transform_input undoes ImageNet's normalisation in favour of this one, with which they were trained.
+            return [0.5, 0.5, 0.5]
         return list(getattr(self._transform, key, fallback))
 
 
 def _construction(model: str, spec: InputSpec, weights: str) -> dict[str, Any]:
     if model in ("googlenet", "inception_v3"):
-        # torchvision's own weights of these two were trained behind another normalisation, which the network then applies.
-        return {"aux_logits": False, "init_weights": weights == "none", "transform_input": weights == "imagenet"}
+        return {"aux_logits": False, "init_weights": weights == "none", "transform_input": False}
     if model.startswith("vit_") and spec.shape[1] != 224 and weights == "none":
         return {"image_size": spec.shape[1]}
     return {}

@@ -16,6 +16,7 @@ class Identity(Backbone):
     """Given features, unchanged; images are flattened."""
 
     accepts: ClassVar[tuple[str, ...]] = ("vector", "image")
+    trivial: ClassVar[bool] = True
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__(spec)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transfer_cli.config.compose import data_root, load_choice, load_run, resolve_components
+from transfer_cli.config.compose import data_root, load_run, resolve_components
 from transfer_cli.errors import TransferError
 from transfer_cli.registry import component
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         _dataset(config, arguments.dataset, shape.input) if arguments.dataset else _files(arguments.files, shape.input)
     )
 
-    with open(arguments.output, "w") if arguments.output else _standard_output() as stream:
+    with _opened(arguments.output) as stream:
         write = _csv_writer(stream) if arguments.format == "csv" else lambda row: stream.write(json.dumps(row) + "\n")
         position = 0
         with torch.inference_mode():
@@ -96,10 +96,20 @@ def _files(files: Sequence[str], spec: InputSpec) -> tuple[list[str], Inputs]:
 
 def _dataset(config: Config, choice: Sequence[str], spec: InputSpec) -> tuple[list[str], Inputs]:
     """All samples of a configured data set, its test split alone where it has one."""
+    from omegaconf import OmegaConf
+
+    from transfer_cli.config.hydra_glue import composed
     from transfer_cli.data.domain import Place
     from transfer_cli.data.reconcile import conform
 
-    chosen = component("dataset", load_choice("dataset", choice[0], choice[1:]), config.plugins)
+    name, *keys = choice
+    wrong = [key for key in keys if "=" not in key]
+    if wrong:
+        raise TransferError(
+            f"--dataset {name}: '{wrong[0]}' is not key=value; the run's folder comes before --dataset."
+        )
+    node = composed([f"target={name}", *(f"target.{key}" for key in keys)]).target
+    chosen = component("dataset", OmegaConf.to_container(node, resolve=True), config.plugins)  # type: ignore[arg-type]
     domain = chosen.build(Place(data_root(config), config.download)).load()
     part = domain.test if domain.test is not None else domain.train
     if part.inputs.spec.kind != spec.kind:
@@ -133,6 +143,15 @@ def _csv_writer(stream: Any) -> Any:
         writer[0].writerow(row)
 
     return write
+
+
+def _opened(path: str | None) -> Any:
+    if path is None:
+        return _standard_output()
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise TransferError(f"--output {path}: {error.strerror}.") from error
 
 
 class _standard_output:

@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     """Exit status 0, or 2 where a run of a sweep failed; the error of a single run is raised."""
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     errors: list[Exception] = []
+    failed: list[str] = []
 
     def task(composed: DictConfig) -> None:
         """Errors are kept instead of raised: Hydra would add lines of its own, and in a sweep lose the other runs."""
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
             run(typed(composed), ["transfer", "run", *HydraConfig.get().overrides.task])
         except Exception as error:
             errors.append(error)
+            failed.append(" ".join(HydraConfig.get().overrides.task))
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 _tell(error, HydraConfig.get().overrides.task, show_traceback)
                 if HydraConfig.get().launcher._target_ != BASIC_LAUNCHER:
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
     if errors and not _is_sweep(argv):
         raise errors[0]
     if errors:
-        print(f"transfer: {len(errors)} of the sweep's runs failed; transfer report lists them.", file=sys.stderr)
+        print(f"transfer: {len(errors)} of the sweep's runs failed:", *failed, sep="\n  ", file=sys.stderr)
     return 2 if errors else 0
 
 

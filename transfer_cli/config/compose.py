@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from transfer_cli.config.folders import config_folders, names_in
 from transfer_cli.config.schema import COMPONENTS, Config, check
 from transfer_cli.errors import TransferError, suggest
 from transfer_cli.registry import Component, component, find_plugin
@@ -60,34 +58,17 @@ def load_run(path: str) -> tuple[RunFolder, Config]:
     return folder, typed(yaml.safe_load(folder.config.read_text()))
 
 
-def load_choice(group: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The node of one YAML of a group, `key=value` overrides applied, outside Hydra.
-
-    Raises:
-        TransferError: no such name, or an override that is not `key=value`.
-    """
-    folders = config_folders()
-    path = next((f / group / f"{name}.yaml" for f in folders if (f / group / f"{name}.yaml").is_file()), None)
-    if path is None:
-        options = names_in(group, folders)
-        raise TransferError(f"no {group} named '{name}'.{suggest(name, options)} `transfer list {group}` shows all.")
-    wrong = [o for o in overrides if "=" not in o]
-    if wrong:
-        raise TransferError(f"'{wrong[0]}' is not key=value.")
-    return {
-        **yaml.safe_load(path.read_text()),
-        **{k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in overrides)},
-    }
-
-
 def resolve_components(config: Config) -> dict[str, Component]:
     """Each group's choice, checked against its implementation's signature; left out are `source` where it is none, and
     `head` where the method has no use for it."""
     for plugin in config.plugins:
         find_plugin(plugin)
     nodes = {group: getattr(config, group) for group in COMPONENTS}
-    if not nodes["source"].get("implementation"):
+    if not (nodes["source"] or {}).get("implementation"):
         del nodes["source"]
+    for group in COMPONENTS:
+        if group not in ("source", "head") and not nodes[group]:
+            raise TransferError(f"no {group} is chosen: set {group}=NAME. `transfer list {group}` shows all.")
     if not nodes["target"].get("implementation"):
         raise TransferError("a run needs a target: set target=NAME. `transfer list dataset` shows all.")
     head = nodes.pop("head")

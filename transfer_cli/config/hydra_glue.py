@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -44,11 +45,7 @@ def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
     Raises:
         TransferError: for what the user can mend in the configuration.
     """
-    folders = config_folders(arguments)
-    OwnFolderFirst.folders = folders[:-1]
-    if OwnFolderFirst not in Plugins.instance().discover(SearchPathPlugin):
-        Plugins.instance().register(OwnFolderFirst)
-    _store_schema(folders)
+    folders = _prepare(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands errors on instead of printing them
     sys.argv = ["transfer run", *arguments]
     try:
@@ -58,6 +55,33 @@ def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
         if explained is None:
             raise
         raise TransferError(explained) from error
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that `transfer run` would have with `overrides`, without running anything.
+
+    Raises:
+        TransferError: for what the user can mend in the configuration.
+    """
+    folders = _prepare(())
+    try:
+        with initialize_config_dir(str(packaged_folder()), version_base="1.3"):
+            return compose("config", list(overrides))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        explained = explain(error, folders)
+        if explained is None:
+            raise
+        raise TransferError(explained) from error
+
+
+def _prepare(arguments: Sequence[str]) -> list[Path]:
+    """The configuration folders, with Hydra told of them."""
+    folders = config_folders(arguments)
+    OwnFolderFirst.folders = folders[:-1]
+    if OwnFolderFirst not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(OwnFolderFirst)
+    _store_schema(folders)
+    return folders
 
 
 def _store_schema(folders: Sequence[Path]) -> None:
@@ -86,6 +110,8 @@ def explain(error: BaseException, folders: Sequence[Path]) -> str | None:
     inner = chain[-1]
     if isinstance(inner, OmegaConfBaseException):
         return _bad_key(inner, chain)
+    if "Config group override must be" in str(error):
+        return "no group of the configuration can be null: choose a NAME with group=NAME, or none where there is one."
     if isinstance(error, OverrideParseException):
         return f"cannot read the override '{error.override}': {str(error).splitlines()[0]}."
     if isinstance(error, HydraException):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transfer_cli.config.schema import COMPONENTS, OUTSIDE_IDENTITY, Config
-from transfer_cli.registry import Component, keyword_schema, names_a_file
+from transfer_cli.registry import PACKAGE, Component, keyword_schema, names_a_file
 
 MACHINERY_VERSION = 1  # raised when the splits, loops or metrics change the numbers of every run
 
@@ -34,7 +34,7 @@ def identify(config: Config, components: Mapping[str, Component]) -> Identity:
     """`components` by group; `source` may be absent."""
     content = {
         "machinery": MACHINERY_VERSION,
-        **{g: _component(c) for g, c in components.items()},
+        **{g: component_content(c) for g, c in components.items()},
         **_differences(config, Config()),
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -54,7 +54,8 @@ def label(dataset: Component | None) -> str:
     return Path(str(path)).stem if path and dataset.name in ("arrays", "image_folder") else dataset.name
 
 
-def _component(component: Component) -> dict[str, Any]:
+def component_content(component: Component) -> dict[str, Any]:
+    """What of a component decides a run's numbers: name, version, parameters that differ from its defaults, files by content."""
     changed = {}
     for key, (annotation, default) in keyword_schema(component.implementation).items():
         if key in getattr(component.implementation, "outside_identity", ()):
@@ -62,7 +63,10 @@ def _component(component: Component) -> dict[str, Any]:
         value = component.parameters.get(key, default)
         if _plain(value) != _plain(default):
             changed[key] = _content(value) if names_a_file(annotation) else _plain(value)
-    return {"name": component.name, "version": component.version, "parameters": changed}
+    content = {"name": component.name, "version": component.version, "parameters": changed}
+    if not component.reference.startswith(PACKAGE + "."):  # a user's own may bear a packaged name
+        content["implementation"] = component.reference
+    return content
 
 
 def _differences(config: Any, defaults: Any, prefix: str = "") -> dict[str, Any]:

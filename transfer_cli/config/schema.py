@@ -163,5 +163,9 @@ def check(config: Config) -> None:
     for key in ("test", "validation"):
         if not 0 <= getattr(config.split, key) < 1:
             raise TransferError(f"split.{key} is a share between 0 and 1, not {getattr(config.split, key)}.")
+    if config.trainer.clip_norm is not None and config.trainer.clip_norm <= 0:
+        raise TransferError(f"trainer.clip_norm is a positive norm, or null; not {config.trainer.clip_norm}.")
+    if config.bottleneck is not None and config.bottleneck < 1:
+        raise TransferError(f"bottleneck is a width, at least 1, or null; not {config.bottleneck}.")
     if config.trainer.ema is not None and not 0 < config.trainer.ema < 1:
         raise TransferError(f"trainer.ema is a decay between 0 and 1, not {config.trainer.ema}.")

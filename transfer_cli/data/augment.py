@@ -56,6 +56,9 @@ class Augment:
         padding: Literal["border", "zeros", "reflection"] = "border",
         domains: Literal["both", "source", "target"] = "both",
     ) -> None:
+        for name, interval in (("scale", scale), ("crop_area", crop_area)):
+            if interval is not None and not 0 < interval[0] <= interval[1]:
+                raise ValueError(f"{name} is [low, high] with 0 < low <= high, not {list(interval)}")
         self.rotate, self.translate, self.scale, self.shear, self.flip = rotate, translate, scale, shear, flip
         self.crop_area, self.crop_ratio, self.elastic = crop_area, crop_ratio, elastic
         self.stretch, self.interpolation, self.padding = stretch, interpolation, padding

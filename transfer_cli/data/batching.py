@@ -7,7 +7,8 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -118,12 +119,15 @@ class _Decoded(Dataset[Any]):
 
 
 def _own_signals(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the run saves and stops its workers, they must not die first."""
+    """A signal to the whole process group (Ctrl-C, a scheduler's SIGTERM) is the run's to handle: it saves and then stops its
+    workers, which must not die first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _loader(inputs: Inputs, batches: Iterable[Tensor], workers: int, pin: bool) -> Iterator[tuple[Tensor, Any]]:
+def _loader(
+    inputs: Inputs, batches: Iterable[Tensor], workers: int, pin: bool
+) -> Generator[tuple[Tensor, Any], None, None]:
     """Indices and samples of each batch, decoded by workers.
 
     To the workers go plain numbers: a tensor would travel as a file descriptor, which a signal at the wrong moment loses.
@@ -145,25 +149,30 @@ def _loader(inputs: Inputs, batches: Iterable[Tensor], workers: int, pin: bool) 
         generator=torch.Generator(),  # the loader draws a number on start; not from the run's own stream
         worker_init_fn=_own_signals,
     )
+    samples = iter(loader)
     try:
-        for x in loader:  # in the order in which they were sent
+        for x in samples:  # in the order in which they were sent
             yield sent.popleft(), x
     except TransferError as error:
         # A worker's error arrives wrapped in its traceback; its last line is ours.
         raise TransferError(
             str(error).strip().splitlines()[-1].removeprefix("transfer_cli.errors.TransferError: ")
         ) from None
+    finally:
+        # An exception's traceback would keep the workers until the process ends, and then complain of them.
+        if workers:
+            samples._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def in_order(
     inputs: Inputs, batch_size: int, device: torch.device, workers: int = 0, channels_last: bool = False
-) -> Iterator[Any]:
-    """All samples once, in order, ready for the network."""
+) -> Generator[Any, None, None]:
+    """All samples once, in order, ready for the network. Closing it ends its workers."""
     batches = torch.arange(len(inputs)).split(batch_size)
-    raw: Iterator[tuple[Tensor, Any]]
     if inputs.in_memory:
-        raw = ((indices, inputs.batch(indices)) for indices in batches)
-    else:
-        raw = _loader(inputs, batches, workers, device.type == "cuda")
-    for _, x in raw:
-        yield to_model(x, device, channels_last)
+        for indices in batches:
+            yield to_model(inputs.batch(indices), device, channels_last)
+        return
+    with closing(_loader(inputs, batches, workers, device.type == "cuda")) as raw:
+        for _, x in raw:
+            yield to_model(x, device, channels_last)

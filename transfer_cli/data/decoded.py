@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,21 +38,29 @@ class MappedImages:
         return self.values[self.index[indices]]
 
 
+def _decode(files: ImageFiles, temporary: Path, path: Path) -> None:
+    shape = (len(files), *files.spec.shape)
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+    for i in tqdm(range(len(files)), desc="decode", disable=None, leave=False):
+        array[i] = files.decode(i).numpy()
+    array.flush()
+    os.replace(temporary, path)
+
+
 def decode_once(files: ImageFiles, folder: Path) -> MappedImages:
     """The images of `files`, from `folder` if they were decoded before (same paths, sizes and dates), else decoded now."""
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files.paths]
     path = folder / f"{fingerprint_values(stats, files.channels, files.size)}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        shape = (len(files), *files.spec.shape)
-        try:
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            for i in tqdm(range(len(files)), desc="decode", disable=None, leave=False):
-                array[i] = files.decode(i).numpy()
-            array.flush()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # an unreadable file, or an interruption
+        # One name for all processes, so that what a killed one left is written over; its lock dies with the holder.
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "ab") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            try:
+                if not path.exists():  # another process may have made it meanwhile
+                    _decode(files, temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)  # an unreadable file, or an interruption
     # Copy-on-write: torch wants a writable array, and nothing written ever reaches the file.
     return MappedImages(torch.from_numpy(np.load(path, mmap_mode="c")), torch.arange(len(files)))

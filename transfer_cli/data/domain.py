@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,12 +19,26 @@ Kind = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where inputs come from: rows `(N,)` of one split of a data set, as many as `size` there. It says nothing of labels."""
+
+    key: str  # a digest of the split's content and of the shape that its inputs were brought to
+    name: str  # for people: `mnist train`
+    rows: Tensor
+    size: int
+
+    def take(self, indices: Tensor) -> Origin:
+        return replace(self, rows=self.rows[indices])
+
+
+@dataclass(frozen=True)
 class Part:
     """Samples with labels: class indices `(N,)` int64, or regression targets `(N, T)` float32; ids name samples for people."""
 
     inputs: Inputs
     labels: Tensor
     ids: tuple[str, ...]
+    origin: Origin | None = None  # known where features are to be kept
 
     def __post_init__(self) -> None:
         if not len(self.inputs) == len(self.labels) == len(self.ids):
@@ -35,7 +50,12 @@ class Part:
         return len(self.ids)
 
     def take(self, indices: Tensor) -> Part:
-        return Part(self.inputs.take(indices), self.labels[indices], tuple(self.ids[i] for i in indices.tolist()))
+        return Part(
+            self.inputs.take(indices),
+            self.labels[indices],
+            tuple(self.ids[i] for i in indices.tolist()),
+            None if self.origin is None else self.origin.take(indices),
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class Domain:
     classes: tuple[str, ...]  # in the order of the label indices; empty in regression
     train: Part
     test: Part | None = None
+    notes: tuple[str, ...] = ()  # what reading it left out or mended, for the run's first lines
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,15 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
 def fingerprint_values(*values: Any) -> str:
     """SHA-256 over the text of values: for generated data and for listings (relative path and size)."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def fingerprint_code(implementation: Any) -> str:
+    """SHA-256 of the file that defines a class or function, so that a change to it leaves nothing stale; else its name."""
+    try:
+        file = inspect.getsourcefile(implementation)
+    except TypeError:
+        file = None
+    return fingerprint_values(repr(implementation)) if file is None else fingerprint_files([Path(file)])
 
 
 def as_labels(values: Any) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -116,6 +117,32 @@ class SequenceInputs:
 
 
 @dataclass(frozen=True)
+class FeatureInputs:
+    """Features `(S, D)` float32 of a frozen backbone for a whole split; these samples are the rows that `index` names.
+
+    `raw`: the inputs that they were extracted from, for those who want to look at them.
+    """
+
+    values: Tensor
+    index: Tensor
+    raw: Inputs
+    in_memory = True
+
+    @property
+    def spec(self) -> InputSpec:
+        return InputSpec("vector", tuple(self.values.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, indices: Tensor) -> FeatureInputs:
+        return FeatureInputs(self.values, self.index[indices], self.raw.take(indices))
+
+    def batch(self, indices: Tensor) -> Extracted:
+        return Extracted(self.values[self.index[indices]])
+
+
+@dataclass(frozen=True)
 class ImageFiles:
     """Image files, decoded when a batch asks: shorter side to `size`, centre crop, `channels` 1 or 3.
 
@@ -165,8 +192,10 @@ def read_image(path: str, channels: int) -> Tensor:
         with Image.open(path) as image:
             array = np.array(_eight_bits(image).convert("L" if channels == 1 else "RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        if not Path(path).exists():
+            raise TransferError(f"there is no image {path}.") from error
         raise TransferError(
-            f"unreadable image: {path} ({error}). Replace or remove it, or set skip_unreadable=true."
+            f"unreadable image: {path} ({error}). Replace or remove it; datasets skip such files with skip_unreadable=true."
         ) from error
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
 

@@ -6,14 +6,14 @@ Leakage is impossible by construction: `TransferTask.target_unlabelled` is input
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transfer_cli.data.batching import derive_seed
-from transfer_cli.data.domain import Domain, Kind, Part
+from transfer_cli.data.domain import Domain, Kind, Origin, Part
 from transfer_cli.data.inputs import Inputs, InputSpec
 from transfer_cli.errors import TransferError
 
@@ -22,10 +22,15 @@ UNKNOWN = "unknown"  # the evaluator's extra class for target samples of no sour
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """Inputs and the names of samples: nothing else to read."""
+    """Inputs, the names of samples and where they come from: nothing else to read."""
 
     inputs: Inputs
     ids: tuple[str, ...]
+    origin: Origin | None = None
+
+    @classmethod
+    def of(cls, part: Part) -> Unlabelled:
+        return cls(part.inputs, part.ids, part.origin)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -217,9 +222,9 @@ def split_pair(
         raise TransferError(f"target_labels={target_labels} and the splits leave no target sample to test on.")
     if target.kind == "classification":
         index = space.target_index()
-        target_test = Part(target_test.inputs, index[target_test.labels], target_test.ids)
+        target_test = replace(target_test, labels=index[target_test.labels])
         if labelled is not None:
-            labelled = Part(labelled.inputs, index[labelled.labels], labelled.ids)
+            labelled = replace(labelled, labels=index[labelled.labels])
             known = labelled.labels < len(space.classes)
             labelled = labelled if bool(known.all()) else labelled.take(known.nonzero()[:, 0])
 
@@ -230,10 +235,8 @@ def split_pair(
         target_width=0 if target.kind == "classification" else target.train.labels.shape[1],
         source=source_train,
         source_validation=source_val if source_val is not None and len(source_val) else None,
-        target_unlabelled=Unlabelled(unlabelled.inputs, unlabelled.ids),
-        target_validation=Unlabelled(validation.inputs, validation.ids)
-        if len(validation)
-        else Unlabelled(unlabelled.inputs, unlabelled.ids),
+        target_unlabelled=Unlabelled.of(unlabelled),
+        target_validation=Unlabelled.of(validation if len(validation) else unlabelled),
         target_labelled=labelled,
     )
     return task, Heldout(source_test, target_test)

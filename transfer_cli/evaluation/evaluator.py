@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfer_cli.config.schema import Config
 from transfer_cli.data.batching import derive_seed, in_order
-from transfer_cli.data.inputs import ArrayInputs, Inputs
+from transfer_cli.data.inputs import ArrayInputs, FeatureInputs, Inputs
 from transfer_cli.data.task import Heldout, TransferTask
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.metrics import score
@@ -129,6 +129,8 @@ class Evaluator:
             )
             features[f"{split}_labels"] = few.labels.numpy()
             shown = few.inputs.take(torch.arange(min(EXAMPLES, len(few))))
+            if isinstance(shown, FeatureInputs):
+                shown = shown.raw
             if shown.spec.kind == "image":
                 raw = shown if isinstance(shown, ArrayInputs) else None
                 images = raw.values if raw is not None else shown.batch(torch.arange(len(shown)))
@@ -137,14 +139,19 @@ class Evaluator:
 
     def _predict(self, method: Predictor, inputs: Inputs, domain: str = "target") -> Prediction:
         function = method.predict_source if domain == "source" else method.predict
-        return Prediction.concatenate(self._run(method, inputs, function))
+        prediction = Prediction.concatenate(self._run(method, inputs, function))
+        if not prediction.is_finite():
+            raise TransferError(
+                "the predictions are not finite: the weights have diverged. A lower optimizer.lr or trainer.clip_norm=1 "
+                "usually helps."
+            )
+        return prediction
 
     def _run(self, method: Predictor, inputs: Inputs, function: Callable[[Any], Any]) -> list[Any]:
         method.eval()
-        with torch.inference_mode(), isolated(self.seed, self.device):
-            return [
-                function(x) for x in in_order(inputs, self.batch_size, self.device, self.workers, self.channels_last)
-            ]
+        batches = in_order(inputs, self.batch_size, self.device, self.workers, self.channels_last)
+        with torch.inference_mode(), isolated(self.seed, self.device), closing(batches):
+            return [function(x) for x in batches]
 
 
 def make_evaluator(config: Config, task: TransferTask, heldout: Heldout, device: torch.device) -> Evaluator:

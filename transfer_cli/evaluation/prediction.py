@@ -40,6 +40,12 @@ class Prediction:
         assert self.log_probs is not None
         return self.log_probs.argmax(1)
 
+    def is_finite(self) -> bool:
+        """Whether no value is NaN, and none infinite but the logarithm of a probability of zero."""
+        numbers = [value for value in (self.mean, self.variance, self.epistemic) if value is not None]
+        certain = self.log_probs is None or not bool(self.log_probs.isnan().any())
+        return certain and all(bool(torch.isfinite(value).all()) for value in numbers)
+
     @classmethod
     def concatenate(cls, parts: Sequence[Prediction]) -> Prediction:
         """Batches as one, on the CPU."""

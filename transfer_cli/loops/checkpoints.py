@@ -42,6 +42,7 @@ class Checkpoints:
         for name in ("last.pt", "previous.pt"):
             content = read_checkpoint(self.folder / name)
             if content is None:
+                (self.folder / name).unlink(missing_ok=True)  # never to take the place of a whole one
                 continue
             if content["identity"] != self.identity:
                 raise TransferError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def run_closed_form(phase: ClosedForm, session: Session, place: Place) -> None:
 @torch.no_grad()
 def _extract(session: Session, inputs: Inputs) -> Tensor:
     """`(N, D)` float64 on the device."""
-    batches = in_order(
-        inputs, session.trainer.eval_batch_size, session.device, session.workers, session.trainer.channels_last
-    )
-    return torch.cat([session.method.features(x).double() for x in batches])
+    trainer = session.trainer
+    with closing(
+        in_order(inputs, trainer.eval_batch_size, session.device, session.workers, trainer.channels_last)
+    ) as batches:
+        return torch.cat([session.method.features(x).double() for x in batches])

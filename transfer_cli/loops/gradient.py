@@ -6,7 +6,7 @@ Knows no method. Nothing in a step waits for the device: losses are read once an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -42,38 +42,36 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
 
     session.console.start(phase.name, place.start, steps)
     method.train()
-    for step in range(place.start, steps):
-        progress = Progress(step, steps)
-        batch = next(batches)
-        logged: dict[str, Tensor] = {}
-        for i, (update, optimizer) in enumerate(zip(phase.updates, optimizers, strict=True)):
-            _set_rates(optimizer, session.schedule(progress.p))
-            for _ in range(update.repeats):
-                outcome = stepper(update, optimizer, batch, progress, first=i == 0)
-            losses.update(outcome.terms)
-            logged |= {**outcome.terms, **outcome.diagnostics}
-        if session.average is not None:
-            session.average.update_parameters(method)
-        if phase.after_step is not None:
-            phase.after_step(progress)
-        record.add(logged)
+    with closing(batches):  # ends its workers, whatever happens
+        for step in range(place.start, steps):
+            progress = Progress(step, steps)
+            batch = next(batches)
+            for i, (update, optimizer) in enumerate(zip(phase.updates, optimizers, strict=True)):
+                _set_rates(optimizer, session.schedule(progress.p))
+                for _ in range(update.repeats):
+                    outcome = stepper(update, optimizer, batch, progress, first=i == 0)
+                    record.add(step, {**outcome.terms, **outcome.diagnostics})
+                losses.update(outcome.terms)
+            if session.average is not None:
+                session.average.update_parameters(method)
+            if phase.after_step is not None:
+                phase.after_step(progress)
 
-        done = step + 1
-        at_end = done == steps
-        if (
-            at_end
-            or done % trainer.log_every == 0
-            or done % trainer.eval_every == 0
-            or done % trainer.checkpoint_every == 0
-        ):
-            _log(record, losses, phase, session, place, done)
-        if at_end or done % trainer.eval_every == 0:
-            session.monitor.observe(session.evaluated, place.steps_before + done, phase.name, candidate=place.last)
-            method.train()
-        if not at_end and (done % trainer.checkpoint_every == 0 or session.interrupt.signal is not None):
-            checkpoints.save(place.position(done))
-            session.leave_if_asked(phase.name, done, steps)
-    batches.close()
+            done = step + 1
+            at_end = done == steps
+            if (
+                at_end
+                or done % trainer.log_every == 0
+                or done % trainer.eval_every == 0
+                or done % trainer.checkpoint_every == 0
+            ):
+                _log(record, losses, phase, session, place, done)
+            if at_end or done % trainer.eval_every == 0:
+                session.monitor.observe(session.evaluated, place.steps_before + done, phase.name, candidate=place.last)
+                method.train()
+            if not at_end and (done % trainer.checkpoint_every == 0 or session.interrupt.signal is not None):
+                checkpoints.save(place.position(done))
+                session.leave_if_asked(phase.name, done, steps)
     session.console.stop()
     checkpoints.forget(*phase_parts)
 
@@ -169,7 +167,7 @@ def _stream(session: Session, name: str, part: Part | Unlabelled | None, start: 
 
 def _log(record: StepRecord, losses: set[str], phase: Gradient, session: Session, place: Place, done: int) -> None:
     try:
-        values = record.take(done, losses)
+        values = record.take(losses)
     except TransferError as error:
         saved = session.checkpoints.saved_step
         kept = (

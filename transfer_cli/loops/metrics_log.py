@@ -28,51 +28,55 @@ class MetricsLog:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         with self.path.open("ab") as file:
-            file.truncate(state["bytes"])
+            file.truncate(min(state["bytes"], self.path.stat().st_size))  # a file that was lost is not made longer
 
 
 class StepRecord:
     """Each step's loss terms, kept on the device and read once an interval: no step waits for the host."""
 
     def __init__(self) -> None:
-        self._steps: list[dict[str, Tensor]] = []
+        self._values: dict[str, list[Tensor]] = {}
+        self._steps: dict[str, list[int]] = {}  # in which each of them was recorded
 
-    def add(self, terms: dict[str, Tensor]) -> None:
-        self._steps.append(terms)
+    def add(self, step: int, terms: dict[str, Tensor]) -> None:
+        """The terms of an update in `step`: any, and as often as there are updates."""
+        for name, value in terms.items():
+            self._values.setdefault(name, []).append(value.detach())
+            self._steps.setdefault(name, []).append(step)
 
-    def take(self, last_step: int, losses: set[str]) -> dict[str, float]:
+    def take(self, losses: set[str]) -> dict[str, float]:
         """The means since the last call.
 
         Raises:
             TransferError: a loss was not finite; it names the step and the term.
         """
-        if not self._steps:
+        if not self._values:
             return {}
-        columns = self._columns()
-        table = torch.stack(list(columns.values())).float().cpu()  # (terms, steps)
+        names = list(self._values)
+        together = torch.cat([torch.stack(self._values[name]).float() for name in names]).cpu()  # one wait for all
+        columns = dict(zip(names, together.split([len(self._values[name]) for name in names]), strict=True))
         bad = [
-            (i, name, row[i])
-            for name, row in zip(columns, table, strict=True)
+            (self._steps[name][i], name, float(columns[name][i]))
+            for name in names
             if name in losses
-            for i in _not_finite(row)
+            for i in _not_finite(columns[name])
         ]
         if bad:
-            i, name, value = min(bad, key=lambda b: b[0])  # one bad term soon spoils the others
-            step = last_step - table.shape[1] + i + 1
-            raise TransferError(f"the loss term '{name}' became {float(value)} at step {step}")
-        self._steps = []
-        means = {name: float(row.mean()) for name, row in zip(columns, table, strict=True)}
+            step, name, value = min(bad, key=lambda b: b[0])  # one bad term soon spoils the others
+            raise TransferError(f"the loss term '{name}' became {value} at step {step + 1}")
+        self._values, self._steps = {}, {}
+        means = {name: float(column.mean()) for name, column in columns.items()}
         return {name: value if math.isfinite(value) else 0.0 for name, value in means.items()}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._columns() if self._steps else {}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "values": {name: torch.stack(values) for name, values in self._values.items()},
+            "steps": {name: list(steps) for name, steps in self._steps.items()},
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        n = len(next(iter(state.values()))) if state else 0
-        self._steps = [{name: column[i] for name, column in state.items()} for i in range(n)]
-
-    def _columns(self) -> dict[str, Tensor]:
-        return {name: torch.stack([step[name].detach() for step in self._steps]) for name in self._steps[0]}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._values = {name: list(values) for name, values in state["values"].items()}
+        self._steps = {name: list(steps) for name, steps in state["steps"].items()}
 
 
 def _not_finite(row: Tensor) -> list[int]:

@@ -14,9 +14,16 @@ Groups = list[dict[str, Any]]
 def sgd(
     groups: Groups, *, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 1e-3, nesterov: bool = True
 ) -> Optimizer:
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True
     )
+    if momentum:
+        # The first step's buffer is its gradient either way; but where a loss scale makes that step be skipped, the fused
+        # kernel would leave the buffer as it found it in memory.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def adam(
@@ -37,6 +44,8 @@ class Schedule:
     Stateless, so nothing of it has to be saved or restored."""
 
     def __init__(self, warmup: float) -> None:
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup is a share between 0 and 1, not {warmup}")
         self.warmup = warmup
 
     def __call__(self, p: float) -> float:

@@ -120,6 +120,7 @@ def make_session(
         average = AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema), use_buffers=True)
     metrics = MetricsLog(folder.metrics)
     optimizer = components["optimizer"]
+    optimizer.build([{"params": [torch.zeros(1, requires_grad=True)]}])  # says now what it would refuse later
     best = folder.checkpoints / "best.pt"
     return Session(
         method=method,

@@ -7,6 +7,7 @@ A method says how the maps are found (`adapt`) and what they are; target samples
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -79,9 +80,7 @@ class FeatureMethod(Method):
                 f"{type(self).__name__} weighs the source samples, which head {type(self.head).__name__.lower()} cannot "
                 "heed: set head=logistic, ridge or svm."
             )
-        x, y = torch.cat([x for x, _, _ in found]), torch.cat([y for _, y, _ in found if y is not None])
-        each = [share(x, weights) for x, _, weights in found]
-        self.head.fit(x, y, torch.cat(each) if len(found) > 1 or self.weights is not None else None)
+        fit_jointly(self.head, [(x, y, weights) for x, y, weights in found if y is not None])
 
     def features(self, x: Any) -> Tensor:
         return x.values if isinstance(x, Extracted) else self.backbone(x)
@@ -94,6 +93,13 @@ class FeatureMethod(Method):
 
     def _preprocess(self, x: Tensor, part: str) -> Tensor:
         return self.preprocessing(x, "source" if part == "source" else "target")
+
+
+def fit_jointly(head: Head, parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    """A head on features, labels and weights of several parts, each part weighing the same in all."""
+    x, y = torch.cat([x for x, _, _ in parts]), torch.cat([y for _, y, _ in parts])
+    weighed = len(parts) > 1 or parts[0][2] is not None
+    head.fit(x, y, torch.cat([share(x, weights) for x, _, weights in parts]) if weighed else None)
 
 
 def share(x: Tensor, weights: Tensor | None) -> Tensor:

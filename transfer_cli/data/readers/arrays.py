@@ -78,7 +78,7 @@ class Arrays:
             )
             for inputs, labels, path in zip(values, targets, files, strict=True)
         ]
-        return Domain(self.name, self.kind, classes, *parts)
+        return Domain(self.name, self.kind, classes, parts[0], parts[1] if len(parts) > 1 else None)
 
     def _files(self) -> list[Path]:
         if self.paths[0] is None:

@@ -55,7 +55,7 @@ class ImageFolder:
         expected: number of images a domain, checked only with `strict_counts`: copies in circulation differ.
         train_list, test_list: files of lines `path label`, below the data root; the paths start at the folder of the
             list or at the domain's. A class is named by the folder of its images.
-        skip_unreadable: leave out files that cannot be opened as an image, instead of an error.
+        skip_unreadable: leave out files that cannot be decoded as an image, instead of an error; how many, is said.
         check_headers: open every file on loading, 0.1 ms each; without, a bad one is found when a batch reads it.
     """
 
@@ -104,7 +104,12 @@ class ImageFolder:
         listing = self._listing
         train, test = listing.train, listing.test
         sizes = self._open_headers([*train, *(test or [])] if self.check_headers else train[:16])
+        notes: tuple[str, ...] = ()
         if self.skip_unreadable:
+            bad = [f.id for f in (*train, *(test or [])) if f.path not in sizes]
+            if bad:
+                named = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+                notes = (f"{self.name}: {len(bad)} unreadable image{'s' * (len(bad) > 1)} skipped: {named}",)
             train = [f for f in train if f.path in sizes]
             test = [f for f in test if f.path in sizes] if test is not None else None
             lost = {f.label for f in listing.train} - {f.label for f in train}
@@ -119,6 +124,7 @@ class ImageFolder:
             listing.classes,
             _part(train, listing.classes, native),
             _part(test, listing.classes, native) if test is not None else None,
+            notes,
         )
 
     @property
@@ -209,7 +215,7 @@ class ImageFolder:
         """
         with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:  # threads wait for the disk side by side
             warnings.simplefilter("ignore")  # an odd tag in a file that opens is nobody's business here
-            headers = list(pool.map(_header, [f.path for f in files]))
+            headers = list(pool.map(_decoded_size if self.skip_unreadable else _header, [f.path for f in files]))
         bad = [f.id for f, header in zip(files, headers, strict=True) if header is None]
         if bad and not self.skip_unreadable:
             named = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
@@ -223,6 +229,16 @@ class ImageFolder:
 def _header(path: str) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _decoded_size(path: str) -> tuple[int, int] | None:
+    """As `_header`, of a file whose every pixel can be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
             return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

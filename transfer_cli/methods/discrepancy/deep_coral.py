@@ -3,14 +3,15 @@
     min_{F,C}  CE(C(F(x_s)), y_s) + λ · ‖C_s - C_t‖²_F / (4 d²)
 
 C_s and C_t are the covariances `(d, d)` of a batch of activations. The paper applies it to the last layer's outputs
-(`layer: logits`), later work to the features (`layer: features`). `weight` is λ; as the
-paper has it, large enough that both terms end up of similar size, which 1 / (4 d²) makes a large number for wide features.
+(`layer: logits`), later work to the features (`layer: features`). `weight` is λ, which 1 / (4 d²) makes a large number for
+wide features.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from transfer_cli.methods.base import Context, Needs, NetworkMethod
@@ -18,10 +19,11 @@ from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress
 
 
 class DeepCORAL(NetworkMethod):
+    version = 2  # another default weight
     needs = Needs(source_labels=True, target_inputs=True)
 
     def __init__(
-        self, context: Context, *, weight: float = 1000.0, layer: Literal["logits", "features"] = "features"
+        self, context: Context, *, weight: float = 10.0, layer: Literal["logits", "features"] = "features"
     ) -> None:
         super().__init__(context)
         self.weight, self.layer = weight, layer
@@ -40,8 +42,10 @@ class DeepCORAL(NetworkMethod):
 
 
 def coral_distance(source: Tensor, target: Tensor) -> Tensor:
-    """`‖C_s - C_t‖²_F / (4 d²)` with unbiased covariances, of `(B, d)` and `(B', d)`."""
-    return (covariance(source) - covariance(target)).square().sum() / (4 * source.shape[1] ** 2)
+    """`‖C_s - C_t‖²_F / (4 d²)` with unbiased covariances, of `(B, d)` and `(B', d)`; in float32 at least."""
+    with torch.autocast(source.device.type, enabled=False):  # a small difference of large numbers
+        source, target = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (source, target))
+        return (covariance(source) - covariance(target)).square().sum() / (4 * source.shape[1] ** 2)
 
 
 def covariance(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from transfer_cli.methods.phases import Batch, ClosedForm, FeatureTask, Gradient
 
 class FineTune(NetworkMethod):
     needs = Needs(target_labels=True)
+    version = 2  # layers without parameters no longer count as stages
     handles_target_labels = True
 
     def __init__(
@@ -62,7 +63,7 @@ class FineTune(NetworkMethod):
         """The head at the full rate, the backbone's stages at decreasing ones from output to input."""
         backbone = self.network.backbone
         if isinstance(backbone, Backbone):
-            stages = list(backbone.stage_parameters().values())
+            stages = [stage for stage in backbone.stage_parameters().values() if stage]
         else:
             stages = [list(backbone.parameters())]
         below = {p for stage in stages for p in stage}

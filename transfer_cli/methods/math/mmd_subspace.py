@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
-from transfer_cli.methods.math.eigen import range_of, top_eigenvectors
+from transfer_cli.methods.math.eigen import fix_signs, range_of, top_eigenvectors
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,26 @@ class Span:
         centred = torch.diag(values) - len(x) * torch.outer(mean, mean)
         return cls(directions, sizes, sizes[:, None] * centred * sizes)
 
-    def solve(self, contrast: Tensor, ridge: float, k: int, spread: Tensor | None = None) -> Tensor:
+    def inside(self, form: Tensor) -> Tensor:
+        """`S Uᵀ (form) U S` `(r, r)` of a matrix `Xᵀ (...) X` `(D, D)`."""
+        return self.sizes[:, None] * (self.directions.T @ form @ self.directions) * self.sizes
+
+    def solve(
+        self, contrast: Tensor, ridge: float, k: int, *, spread: Tensor | None = None, penalty: Tensor | None = None
+    ) -> Tensor:
         """The map `(D, k)` from features to the embedding.
 
         Args:
             contrast: `Xᵀ E` `(D, m)`.
             ridge: λ.
-            spread: `S Uᵀ (...) U S` where the constraint is another.
+            spread, penalty: `inside` forms of another constraint, and of a further term of the objective.
         """
+        inner = self.spread if spread is None else spread
         f = self.sizes[:, None] * (self.directions.T @ contrast)
         left, singular, _ = torch.linalg.svd(f, full_matrices=False)
         shrink = (1 + singular.square() / ridge).rsqrt() - 1  # (F Fᵀ + λ I)^(-1/2) sqrt(λ) = I + left shrink leftᵀ
-        inner = self.spread if spread is None else spread
+        if penalty is not None:
+            return self._solve_dense(f @ f.T + penalty, inner, ridge, k)
         inner = inner + (left * shrink) @ (left.T @ inner)
         inner = inner + (inner @ left * shrink) @ left.T
         _, vectors = top_eigenvectors(inner, k)
@@ -62,23 +70,62 @@ class Span:
         vectors = vectors / vectors.norm(dim=0)
         return self.directions @ (self.sizes[:, None] * vectors)
 
+    def _solve_dense(self, objective: Tensor, inner: Tensor, ridge: float, k: int) -> Tensor:
+        root = torch.linalg.cholesky(objective + ridge * torch.eye(len(objective)).to(objective))
+        half = torch.linalg.solve_triangular(root, inner, upper=False)
+        _, vectors = top_eigenvectors(torch.linalg.solve_triangular(root, half.T, upper=False), k)
+        vectors = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+        return self.directions @ (self.sizes[:, None] * fix_signs(vectors / vectors.norm(dim=0)))
 
-def domain_contrast(source: Tensor, target: Tensor) -> Tensor:
-    """`Xᵀ e` `(D,)` of the MMD matrix `M0 = e eᵀ`: the difference of the domains' means."""
-    return source.mean(0) - target.mean(0)
+
+@dataclass(frozen=True)
+class Contrast:
+    """`Xᵀ E` `(D, m)` and the Gram matrix `EᵀE` `(m, m)` of an MMD matrix `E Eᵀ`; a column sums a coefficient times each
+    sample, of one sign on the source and of the other on the target."""
+
+    columns: Tensor
+    gram: Tensor
+
+    def normalised(self) -> Tensor:
+        """The columns, with the MMD matrix divided by its Frobenius norm, `‖E Eᵀ‖_F = ‖EᵀE‖_F`."""
+        return self.columns / self.gram.norm().sqrt()
 
 
-def class_contrasts(
-    source: Tensor, source_labels: Tensor, target: Tensor, target_labels: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor]:
-    """`Xᵀ e_c` `(D, C)` of each class's MMD matrix, and the squared length `(C,)` of each e_c;
-    zero for a class that one side lacks."""
+def domain_contrast(source: Tensor, target: Tensor) -> Contrast:
+    """Of `M_0 = e eᵀ`, `e_i = 1/n_s` on the source and `-1/n_t` on the target: the difference of the domains' means."""
+    length = 1 / len(source) + 1 / len(target)
+    return Contrast((source.mean(0) - target.mean(0))[:, None], source.new_full((1, 1), length))
+
+
+def joint_contrast(
+    source: Tensor,
+    source_labels: Tensor,
+    target: Tensor,
+    target_labels: Tensor,
+    num_classes: int,
+    *,
+    marginal: float,
+    conditional: float = 1.0,
+    by_prior: bool = False,
+) -> Contrast:
+    """Of `marginal M_0 + conditional Σ_c M_c`, `e_c = 1/n_sᶜ` on the source's samples of class c and `-1/n_tᶜ` on the target's.
+
+    A class that one side lacks contributes nothing. `by_prior`: each side's coefficients of class c are multiplied by the root of
+    that side's share of it.
+    """
     (mean_s, n_s), (mean_t, n_t) = (
         class_means(x, y, num_classes) for x, y in ((source, source_labels), (target, target_labels))
     )
-    there = (n_s > 0) & (n_t > 0)
-    lengths = torch.where(there, 1 / n_s.clamp_min(1) + 1 / n_t.clamp_min(1), 0.0)
-    return ((mean_s - mean_t) * there[:, None]).T, lengths
+    there = ((n_s > 0) & (n_t > 0)).to(source.dtype) * conditional**0.5
+    # a sample's coefficient in e_c is root / n_c on either side
+    root_s, root_t = ((n / n.sum()).sqrt() if by_prior else torch.ones_like(n) for n in (n_s, n_t))
+    by_class = (root_s[:, None] * mean_s - root_t[:, None] * mean_t) * there[:, None]
+    lengths = there.square() * (root_s.square() / n_s.clamp_min(1) + root_t.square() / n_t.clamp_min(1))
+    overlaps = marginal**0.5 * there * (root_s / len(source) + root_t / len(target))
+    first = domain_contrast(source, target)
+    gram = torch.diag(torch.cat([marginal * first.gram[0], lengths]))
+    gram[0, 1:] = gram[1:, 0] = overlaps
+    return Contrast(torch.cat([marginal**0.5 * first.columns, by_class.T], 1), gram)
 
 
 def class_means(x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

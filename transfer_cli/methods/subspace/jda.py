@@ -4,18 +4,17 @@
 
 TCA with a further MMD between the domains for each class c; the target's classes are those that the head predicts, and both are
 refined in turn for `iterations` rounds (the first has no classes). M_0 is scaled by the number of classes and the sum divided by
-its Frobenius norm, as in the published code. Granted target labels take the place of predictions.
+its Frobenius norm, as in the published code. Granted target labels teach the head that predicts the classes.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from transfer_cli.methods.base import Context
-from transfer_cli.methods.feature_method import both
+from transfer_cli.methods.feature_method import both, fit_jointly
 from transfer_cli.methods.math.kernel_map import Approximation, Kernel
-from transfer_cli.methods.math.mmd_subspace import class_contrasts, domain_contrast
+from transfer_cli.methods.math.mmd_subspace import Contrast, domain_contrast, joint_contrast
 from transfer_cli.methods.phases import FeatureTask
 from transfer_cli.methods.subspace.projection import Projection
 
@@ -43,44 +42,25 @@ class JDA(Projection):
         span, found = self.span(task), None
         for _ in range(self.iterations):
             contrast = self.contrast(task, None if found is None else self.pseudo_labels(task, found))
-            found = span.solve(contrast, self.ridge, self.components)
+            found = span.solve(contrast.normalised(), self.ridge, self.components)
         assert found is not None
         return found
 
-    def contrast(self, task: FeatureTask, target_labels: Tensor | None) -> Tensor:
-        """`Xᵀ E` `(D, m)` with `E Eᵀ` the MMD matrix, divided by its norm."""
+    def contrast(self, task: FeatureTask, target_labels: Tensor | None) -> Contrast:
         source, target = both(task)
-        length = 1 / len(source.x) + 1 / len(target.x)
-        columns = domain_contrast(source.x, target.x)[:, None] * self.num_classes**0.5
-        lengths = torch.tensor([length * self.num_classes], dtype=columns.dtype, device=columns.device)
-        overlaps = None
-        if target_labels is not None:
-            assert source.y is not None
-            by_class, class_lengths = class_contrasts(source.x, source.y, target.x, target_labels, self.num_classes)
-            columns, lengths = torch.cat([columns, by_class], 1), torch.cat([lengths, class_lengths])
-            overlaps = self._overlaps(source.y, target_labels, class_lengths)
-        return columns / frobenius(lengths, overlaps) ** 0.5
-
-    def _overlaps(self, source_labels: Tensor, target_labels: Tensor, class_lengths: Tensor) -> Tensor:
-        """Inner products `(C,)` of the scaled e_0 with each e_c."""
-        n_s, n_t = len(source_labels), len(target_labels)
-        return (class_lengths > 0) * (1 / n_s + 1 / n_t) * self.num_classes**0.5
+        if target_labels is None:
+            return domain_contrast(source.x, target.x)
+        assert source.y is not None
+        return joint_contrast(
+            source.x, source.y, target.x, target_labels, self.num_classes, marginal=float(self.num_classes)
+        )
 
     def pseudo_labels(self, task: FeatureTask, projection: Tensor) -> Tensor:
         """Of the target samples, by the head on the embedding so far."""
         self.fitted.put(projection=projection)
         source, target = both(task)
-        assert source.y is not None
-        x, y = self.embed(source.x), source.y
-        if task.target_labelled is not None and task.target_labelled.y is not None:
-            x, y = torch.cat([x, self.embed(task.target_labelled.x)]), torch.cat([y, task.target_labelled.y])
-        self.head.fit(x, y)
+        labelled = [
+            (self.embed(p.x), p.y, None) for p in (source, task.target_labelled) if p is not None and p.y is not None
+        ]
+        fit_jointly(self.head, labelled)
         return self.head.predict(self.embed(target.x)).labels
-
-
-def frobenius(lengths: Tensor, overlaps: Tensor | None) -> float:
-    """`‖E Eᵀ‖_F = ‖EᵀE‖_F`: squared lengths of the columns, of which only the first overlaps with the others."""
-    total = lengths.square().sum()
-    if overlaps is not None:
-        total = total + 2 * overlaps.square().sum()
-    return float(total.sqrt())

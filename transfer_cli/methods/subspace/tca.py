@@ -36,6 +36,5 @@ class TCA(Projection):
 
     def projection(self, task: FeatureTask) -> Tensor:
         source, target = both(task)
-        length = 1 / len(source.x) + 1 / len(target.x)  # ‖e‖² = ‖M‖_F
-        contrast = domain_contrast(source.x, target.x)[:, None] / length**0.5
+        contrast = domain_contrast(source.x, target.x).normalised()
         return self.span(task).solve(contrast, self.ridge, self.components)
