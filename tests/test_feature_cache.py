@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transfer_cli.backbones.digits import SmallCNN
 from transfer_cli.build import build_method, pose_problem, readers
 from transfer_cli.config.compose import resolve_components, typed
 from transfer_cli.config.hydra_glue import composed
-from transfer_cli.data import extraction
+from transfer_cli.data import extraction, feature_cache
 from transfer_cli.data.domain import Domain, Origin, Part, numbered
 from transfer_cli.data.extraction import Extractor, make_extractor, state_digest, with_features
 from transfer_cli.data.feature_cache import Entry, FeatureCache, checksums
@@ -193,13 +194,14 @@ def test_the_second_time_nothing_passes_the_backbone(tmp_path: Path) -> None:
 
 def test_only_the_rows_asked_for_are_extracted_and_larger_subsets_add_the_others(tmp_path: Path) -> None:
     few = {"source": 20, "target": 30, "test": 10}
-    small, _, seen = extracted(tmp_path, posed(subset=few))
-    assert len(seen) == 6  # source, its validation, its test; target, its validation, its test: each within a batch
+    small, _, seen = extracted(tmp_path, posed(subset=few), extractor(batch=1))
+    assert len(seen) == 20 + 30 + 2 * 10
     there = np.fromfile(entry_of(tmp_path, "s train") / "checks.u64", np.uint64) != 0
     assert there.sum() == 20 and len(there) == 300
-    whole, _, seen = extracted(tmp_path)
-    assert len(seen) == 5 + 1 + 2 + 3 + 1 + 1 and same(whole, extracted(None)[0])
-    assert same(small, extracted(tmp_path, posed(subset=few))[0])
+    whole, _, seen = extracted(tmp_path, extract=extractor(batch=1))
+    assert len(seen) == 300 + 90 + 200 - 70 and same(whole, extracted(None, extract=extractor(batch=1))[0])
+    again, _, seen = extracted(tmp_path, posed(subset=few), extractor(batch=1))
+    assert seen == [] and same(small, again)
 
 
 def test_rows_of_several_parts_are_extracted_once() -> None:
@@ -273,12 +275,22 @@ def test_who_has_features_mapped_keeps_them_when_the_entry_is_cleared_or_made_an
     assert same(before, {name: features(part) for name, part in parts_of(*problem).items()})
 
 
+def test_a_file_of_the_wrong_size_is_not_mended_in_place(tmp_path: Path) -> None:
+    entry = filled(tmp_path, "a", 0)
+    values = entry.read(np.arange(100))
+    os.truncate(entry.path / "checks.u64", 8)
+    with entry.locked(lambda: None):
+        assert entry.prepare({})
+    assert values is not None and (values == 1).all() and not entry.values().any()
+
+
 def test_nothing_written_to_features_reaches_the_cache(tmp_path: Path) -> None:
     whole, _, _ = extracted(tmp_path)
     problem = with_features(*posed(), extractor(), FeatureCache(tmp_path, GIGABYTE), Words())
     for part in parts_of(*problem).values():
         part.inputs.values.zero_()
-    assert same(whole, extracted(tmp_path)[0])
+    again, said, seen = extracted(tmp_path)
+    assert said == seen == [] and same(whole, again)
 
 
 def test_every_single_change_of_a_value_changes_the_checksum() -> None:
@@ -367,7 +379,7 @@ def test_a_row_without_its_checksum_counts_as_missing(tmp_path: Path, monkeypatc
         calls: list[int] = []
 
         def checked(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-            calls.append(len(rows))
+            calls.extend([len(rows)] * bool(len(rows)))
             return checksums(values, rows)
 
         class Dying(np.ndarray):
@@ -428,6 +440,24 @@ def test_extracting_while_another_process_clears(tmp_path: Path) -> None:
             found, said, _ = extracted(tmp_path)
             assert same(found, wanted) and not any("damaged" in line or "size" in line for line in said)
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+
+
+def test_a_lock_on_a_folder_that_was_cleared_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = filled(tmp_path, "a", 0)
+    plain, calls = feature_cache._take, []
+
+    def cleared_first(file: Any) -> bool:
+        if not calls:
+            shutil.rmtree(entry.path)
+        calls.append(file)
+        return plain(file)
+
+    monkeypatch.setattr(feature_cache, "_take", cleared_first)
+    with entry.locked(lambda: None):
+        assert len(calls) == 2 and not entry.prepare({})
+        assert entry.missing(np.arange(100))[0].all()
 
 
 @fork
@@ -534,7 +564,7 @@ def test_features_that_do_not_fit_stay_in_memory(tmp_path: Path) -> None:
     words, extract = Words(), extractor()
     found = with_features(*posed(), extract, FeatureCache(tmp_path, 30_000), words)
     assert "features of s train: no room within features.cache_gb, kept in memory" in words.lines
-    assert "features of s test: no room within features.cache_gb, kept in memory" not in words.lines
+    assert [entry.meta["data"] for entry in FeatureCache(tmp_path).stored()] == ["t train"]
     assert disk(tmp_path) <= 30_000
     assert same({name: features(part) for name, part in parts_of(*found).items()}, extracted(None)[0])
 
@@ -557,7 +587,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: py
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
     entry = filled(tmp_path, "a", 0)
     entry._features = Path("/dev/full")
-    with pytest.raises(TransferError, match="cannot keep features in .*No space left on device"):
+    with pytest.raises(TransferError, match=r"cannot keep features in .*No space left on device"):
         entry.write(np.arange(100), np.ones((100, 256), np.float32))
 
 
@@ -756,7 +786,8 @@ def test_a_changed_backbone_file_is_noticed(transfer: Transfer, pair: list[str],
     """One's own backbone while one works on it: no parameter changes, and no version is raised."""
     code = (
         "from transfer_cli.backbones.base import Backbone\n\n\nclass Own(Backbone):\n    def __init__(self, spec):\n"
-        "        super().__init__(spec)\n        self.out_features = 16\n\n    def forward(self, x):\n        return x.{}(2).flatten(1)\n"
+        "        super().__init__(spec)\n        self.out_features = 16\n\n"
+        "    def forward(self, x):\n        return x.{}(2).flatten(1)\n"
     )
     (tmp_path / "conf" / "backbone").mkdir(parents=True)
     (tmp_path / "conf" / "backbone" / "own.yaml").write_text("name: own\nimplementation: own_backbone:Own\n")
@@ -840,11 +871,3 @@ def test_the_command_imports_no_torch() -> None:
     code = "import sys; from transfer_cli.commands.cache import main; main([]); print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.endswith("False\n")
-
-
-def test_replaced_parts_of_a_task_are_new_objects() -> None:
-    """The problem that was posed stays as it was, for whoever holds it."""
-    task, heldout = posed()
-    with_features(task, heldout, extractor(), None, Words())
-    assert isinstance(task.target_unlabelled.inputs, ArrayInputs)
-    assert replace(task) == task or task.source is not None

@@ -22,6 +22,7 @@ from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import FeatureOptions
 from transfer_cli.methods.baseline.no_adaptation import NoAdaptation
 from transfer_cli.methods.feature_method import FeatureMethod
+from transfer_cli.methods.finetuning.linear_probe import LinearProbe
 from transfer_cli.methods.heads.logistic import Logistic
 from transfer_cli.methods.heads.svm import SVM
 from transfer_cli.methods.math.kernel_map import KernelMap, rbf
@@ -543,3 +544,15 @@ def test_principal_components_of_few_samples() -> None:
     basis, mean, variances = principal_components(randn(5, 30), 4)
     torch.testing.assert_close(basis.T @ basis, torch.eye(4).double())
     assert len(variances) == 4 and mean.shape == (30,)
+
+
+@pytest.mark.parametrize("step", ["l2", "zscore", "zscore_domain"])
+def test_a_method_that_sees_one_domain_predicts_the_other(step: str) -> None:
+    """The probe is fitted to the source alone; the target is normalised by what there is."""
+    task, labels = shifted_classes(shift=0.0)
+    method = LinearProbe(context(features=FeatureOptions((step, "zscore"))))
+    assert accuracy(method, task, labels) > 0.8
+    assert task.source is not None
+    alone = LinearProbe(context(features=FeatureOptions((step,))))
+    alone.fit(FeatureTask(task.source, None, None))
+    assert alone.predict(task.source.x).labels.shape == task.source.x.shape[:1]

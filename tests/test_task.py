@@ -210,7 +210,7 @@ def test_without_grants_nothing_that_a_method_sees_depends_on_target_labels(
 def test_unlabelled_parts_have_no_labels_to_read() -> None:
     task, _ = split(domain("s"), domain("t"), target_labels=3)
     for part in (task.target_unlabelled, task.target_validation):
-        assert {f.name for f in fields(part)} == {"inputs", "ids"}
+        assert {f.name for f in fields(part)} == {"inputs", "ids", "origin"}
         assert not hasattr(part, "labels")
     for field in fields(task):  # nothing else in a task holds labels of the target but the granted ones
         value = getattr(task, field.name)

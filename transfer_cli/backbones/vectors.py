@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from transfer_cli.backbones.base import Backbone, flat_width
 from transfer_cli.data.inputs import InputSpec
 from transfer_cli.registry import FilePath
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
 class Identity(Backbone):
@@ -27,7 +30,7 @@ class Identity(Backbone):
 
 
 class MLP(Backbone):
-    """`hidden` fully connected layers with ReLU, dropout after each."""
+    """`hidden` fully connected layers, `activation` and dropout after each."""
 
     accepts: ClassVar[tuple[str, ...]] = ("vector", "image")
 
@@ -37,13 +40,15 @@ class MLP(Backbone):
         *,
         hidden: Sequence[int] = (256, 128),
         dropout: float = 0.0,
+        activation: Literal["relu", "sigmoid", "tanh"] = "relu",
         weights: FilePath = "none",
         freeze: str = "none",
     ) -> None:
         super().__init__(spec)
         widths = [flat_width(spec.shape), *hidden]
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)) for a, b in zip(widths, hidden, strict=False)
+            nn.Sequential(nn.Linear(a, b), ACTIVATIONS[activation](), nn.Dropout(dropout))
+            for a, b in zip(widths, hidden, strict=False)
         )
         self.out_features = widths[-1]
         self.start_from(weights, freeze)

@@ -53,8 +53,8 @@ class Preprocessing(nn.Module):
 
     def forward(self, x: Tensor, domain: str) -> Tensor:
         """Features `(B, D)` float64 of `source` or `target`."""
-        if domain == "source" and self.options.normalise and not hasattr(self.fitted, "mean0_source"):
-            domain = "target"  # fitted without a source
+        if self.options.normalise and not hasattr(self.fitted, f"mean0_{domain}"):
+            domain = "target" if domain == "source" else "source"  # fitted without this one
         for i in range(len(self.options.normalise)):
             x = self._step(x, i, domain)
         if self.options.reduce == "pca":

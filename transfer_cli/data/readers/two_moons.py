@@ -17,21 +17,24 @@ class TwoMoons:
 
     Args:
         n: samples, half a class each.
+        scale: factor of the coordinates; the moons are 3 wide at 1.
         angle: degrees by which both moons are turned, counterclockwise.
         noise: standard deviation of Gaussian noise on both coordinates.
         draw: which sample is drawn; other numbers give other points.
     """
 
-    def __init__(self, place: Place, *, n: int = 150, angle: float = 0.0, noise: float = 0.05, draw: int = 0) -> None:
-        self.n, self.angle, self.noise, self.draw = n, angle, noise, draw
+    def __init__(
+        self, place: Place, *, n: int = 150, scale: float = 1.0, angle: float = 0.0, noise: float = 0.05, draw: int = 0
+    ) -> None:
+        self.n, self.scale, self.angle, self.noise, self.draw = n, scale, angle, noise, draw
 
     def fingerprint(self) -> str:
-        return fingerprint_values("two_moons", self.n, self.angle, self.noise, self.draw)
+        return fingerprint_values("two_moons", self.n, self.scale, self.angle, self.noise, self.draw)
 
     def load(self) -> Domain:
         x, y = make_moons(self.n, noise=self.noise, random_state=self.draw)
         angle = math.radians(self.angle)
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        x = (x - [0.5, 0.25]) @ turn.T  # the centre of the noise-free moons
+        x = self.scale * (x - [0.5, 0.25]) @ turn.T  # the centre of the noise-free moons
         part = Part(ArrayInputs(torch.from_numpy(x).float()), torch.from_numpy(y), numbered("two_moons", self.n))
         return Domain("two_moons", "classification", ("upper", "lower"), part)

@@ -3,8 +3,8 @@
     min_{F,C}  CE(C(F(x_s)), y_s) + λ · ‖C_s - C_t‖²_F / (4 d²)
 
 C_s and C_t are the covariances `(d, d)` of a batch of activations. The paper applies it to the last layer's outputs
-(`layer: logits`), later work to the features (`layer: features`). `weight` is λ, which 1 / (4 d²) makes a large number for
-wide features.
+(`layer: logits`), later work to the features (`layer: features`). `weight` is λ, which the paper sets so that both terms end
+alike; for wide features 1 / (4 d²) makes that a large number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DeepCORAL(NetworkMethod):
     needs = Needs(source_labels=True, target_inputs=True)
 
     def __init__(
-        self, context: Context, *, weight: float = 10.0, layer: Literal["logits", "features"] = "features"
+        self, context: Context, *, weight: float = 1.0, layer: Literal["logits", "features"] = "logits"
     ) -> None:
         super().__init__(context)
         self.weight, self.layer = weight, layer

@@ -57,17 +57,17 @@ def relative_cost(source: Tensor, target: Tensor) -> Tensor:
     return cost.div_(median)
 
 
-def forbid_other_classes(cost: Tensor, labels: Tensor, target: Tensor, labelled: Features) -> Tensor:
-    """`cost` with moves of a source sample onto a target sample of another known class made too dear.
+def forbid_other_classes(cost: Tensor, labels: Tensor, target: Tensor, labelled: Features) -> None:
+    """Make moves of a source sample onto a target sample of another known class too dear.
 
     Args:
+        cost: `(n_s, n_t)`, changed in place.
         labels: `(n_s,)` of the source samples.
         labelled: samples that are among `target` too.
     """
     assert labelled.y is not None
     known = square_distances(labelled.x, target).argmin(1)
     cost[:, known] = torch.where(labels[:, None] != labelled.y, FORBIDDEN, cost[:, known])
-    return cost
 
 
 def exact_plan(cost: Tensor) -> Tensor:

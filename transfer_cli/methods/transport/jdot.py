@@ -49,7 +49,7 @@ class JDOT(FeatureMethod):
         assert source.y is not None
         cost = self.alpha * relative_cost(source.x, target.x)
         if task.target_labelled is not None and self.kind == "classification":
-            cost = forbid_other_classes(cost, source.y, target.x, task.target_labelled)
+            forbid_other_classes(cost, source.y, target.x, task.target_labelled)
         super().fit_head(task)
         labels, report = None, dict[str, float]()
         for rounds in range(1, self.iterations + 1):

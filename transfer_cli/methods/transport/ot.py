@@ -61,7 +61,7 @@ class OT(FeatureMethod):
         assert source.y is not None
         cost = relative_cost(source.x, target.x)
         if task.target_labelled is not None and self.kind == "classification":
-            cost = forbid_other_classes(cost, source.y, target.x, task.target_labelled)
+            forbid_other_classes(cost, source.y, target.x, task.target_labelled)
         error = 0.0
         if self.regularise == "none":
             plan = exact_plan(cost)

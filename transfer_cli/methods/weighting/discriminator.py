@@ -35,8 +35,7 @@ class DensityRatio(FeatureMethod):
 
     def adapt(self, task: FeatureTask) -> dict[str, float]:
         source, target = both(task)
-        logs = log_ratio(source.x, target.x, self.l2).clamp_max(math.log(self.max_weight))
-        self.weights = (logs - logs.max()).exp()  # only ratios matter, and the largest must not underflow
+        self.weights = log_ratio(source.x, target.x, self.l2).exp().clamp_max(self.max_weight)
         return {"effective_share": effective_share(self.weights)}
 
 
