@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ def pose_problem(config: Config, components: Components, fingerprints: Mapping[s
         target_labels=config.target_labels,
         test_share=config.split.test,
         validation_share=config.split.validation,
-        subset={"source": config.subset.source, "target": config.subset.target, "test": config.subset.test},
+        subset=asdict(config.subset),
         data_seed=config.data_seed,
     )
     read = [note for domain in domains.values() for note in domain.notes]

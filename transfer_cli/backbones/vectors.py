@@ -11,7 +11,6 @@ from transfer_cli.backbones.base import Backbone, flat_width
 from transfer_cli.data.inputs import InputSpec
 from transfer_cli.registry import FilePath
 
-
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 

@@ -41,6 +41,7 @@ class Subset:
     """Sizes for small-data protocols, drawn by data_seed; null keeps all."""
 
     source: int | None = None
+    source_per_class: int | None = None  # labelled source samples of each class, all of a smaller one
     target: int | None = None
     test: int | None = None
 
@@ -156,7 +157,7 @@ def check(config: Config) -> None:
             raise TransferError(f"trainer.{key} must be at least 1, not {getattr(config.trainer, key)}.")
     if config.features.components < 1 or config.features.cache_gb < 0:
         raise TransferError("features.components must be at least 1, and features.cache_gb not negative.")
-    for key in ("source", "target", "test"):
+    for key in ("source", "source_per_class", "target", "test"):
         size = getattr(config.subset, key)
         if size is not None and size < 1:
             raise TransferError(f"subset.{key} is a number of samples, at least 1; not {size}.")

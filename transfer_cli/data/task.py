@@ -197,6 +197,7 @@ def split_pair(
     if source is not None:
         source_train, source_test = _train_test(source, test_share, draw)
         source_train = _limit(source_train, subset["source"], draw)
+        source_train = _limit_classes(source_train, subset.get("source_per_class"), draw)
         source_test = _limit(source_test, subset["test"], draw) if source_test is not None else None
         source_train, source_val = _hold_out(source_train, validation_share, draw)
         _check_every_class(source, source_train)
@@ -261,6 +262,15 @@ def _limit(part: Part, size: int | None, draw: torch.Generator) -> Part:
     if size is None or size >= len(part):
         return part
     return part.take(order[:size].sort().values)
+
+
+def _limit_classes(part: Part, size: int | None, draw: torch.Generator) -> Part:
+    """At most `size` samples of each class."""
+    if size is None or part.labels.ndim != 1:
+        return part
+    order = torch.randperm(len(part), generator=draw)
+    kept = torch.cat([order[part.labels[order] == c][:size] for c in part.labels.unique()])
+    return part.take(kept.sort().values)
 
 
 def _grant(part: Part, budget: Any, target: Domain, draw: torch.Generator) -> tuple[Part | None, Part]:
