@@ -32,7 +32,7 @@ from transfer_cli.data import extraction, feature_cache
 from transfer_cli.data.domain import Domain, Origin, Part, numbered
 from transfer_cli.data.extraction import Extractor, make_extractor, state_digest, with_features
 from transfer_cli.data.feature_cache import Entry, FeatureCache, checksums
-from transfer_cli.data.inputs import ArrayInputs, Extracted, FeatureInputs, ImageFiles, Inputs, InputSpec
+from transfer_cli.data.inputs import ArrayInputs, Extracted, FeatureInputs, ImageFiles, Inputs, InputSpec, ResizedArrays
 from transfer_cli.data.task import Heldout, TransferTask, match_labels, split_pair
 from transfer_cli.errors import TransferError
 
@@ -708,6 +708,22 @@ def test_a_folder_of_images_is_read_by_workers_once_and_not_again(
     assert transfer("run", *chosen, "workers=0", "method.l2=1").code == 0
     assert len(decoded) == 2 * 27, "only the examples for the report"
     assert "result.json agrees" in transfer("evaluate", str(first.run)).out
+
+
+def test_arrays_are_resized_only_where_features_are_missing(
+    transfer: Transfer, pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [*pair[:4], "backbone=lenet", *pair[-2:], "method=linear_probe"]  # 28 x 28
+    first = transfer("run", *chosen)
+    assert first.code == 0 and "16 x 16 -> 28 x 28" in first.out
+    memory = transfer("run", *chosen, "outputs=memory", "image.storage=memory")
+    assert (memory.run / "predictions.npz").read_bytes() == (first.run / "predictions.npz").read_bytes()
+    assert (memory.run / "examples.npz").read_bytes() == (first.run / "examples.npz").read_bytes()
+    resized: list[int] = []
+    plain = ResizedArrays.batch
+    monkeypatch.setattr(ResizedArrays, "batch", lambda self, rows: (resized.append(len(rows)), plain(self, rows))[1])
+    assert transfer("run", *chosen, "method.l2=1").code == 0
+    assert resized == [64, 64], "the examples for the report"
 
 
 def test_given_features_are_used_as_they_are(transfer: Transfer, pair: list[str], tmp_path: Path) -> None:

@@ -93,6 +93,29 @@ class ArrayInputs:
 
 
 @dataclass(frozen=True)
+class ResizedArrays:
+    """Images `(N, C, H, W)` uint8 kept as they are, and brought to `(channels, size, size)` when a batch asks."""
+
+    values: Tensor
+    channels: int
+    size: int
+    in_memory = True
+
+    @property
+    def spec(self) -> InputSpec:
+        return InputSpec("image", (self.channels, self.size, self.size))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, indices: Tensor) -> ResizedArrays:
+        return replace(self, values=self.values[indices])
+
+    def batch(self, indices: Tensor) -> Tensor:
+        return resize_square(convert_channels(self.values[indices], self.channels), self.size)
+
+
+@dataclass(frozen=True)
 class SequenceInputs:
     """Sequences `(T_i, D)` float32 of varying length."""
 

@@ -11,7 +11,7 @@ import torch
 from transfer_cli.config.schema import Image
 from transfer_cli.data.decoded import decode_once
 from transfer_cli.data.domain import Domain, Part
-from transfer_cli.data.inputs import ArrayInputs, ImageFiles, Inputs, convert_channels, resize_square
+from transfer_cli.data.inputs import ArrayInputs, ImageFiles, Inputs, ResizedArrays, convert_channels, resize_square
 from transfer_cli.errors import TransferError
 
 
@@ -88,6 +88,9 @@ def _apply(domain: Domain, plan: ImagePlan) -> Domain:
 
 
 def _apply_part(part: Part, plan: ImagePlan) -> Part:
+    if plan.storage == "files" and isinstance(part.inputs, ArrayInputs):
+        wanted = ResizedArrays(part.inputs.values, plan.channels, plan.size)
+        return part if wanted.spec == part.inputs.spec else Part(wanted, part.labels, part.ids)
     inputs = conform(part.inputs, plan.channels, plan.size)
     if isinstance(inputs, ImageFiles):
         fits = len(inputs) * plan.channels * plan.size**2 <= plan.memory_limit

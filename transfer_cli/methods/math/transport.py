@@ -25,6 +25,7 @@ from transfer_cli.methods.phases import Features
 LARGEST_PLAN = 200_000_000  # entries; one matrix of them takes 1.6 GB, and several are held
 FORBIDDEN = 1000.0  # the cost, in medians, of moving a sample onto one of another class
 PAIRS = 1000  # samples of each domain whose costs give the median
+TOLERANCE = 1e-7  # error of the marginals, of 1 in all
 BLOCK = 100  # scalings between two looks at the potentials
 RANGE = 1e100  # of scalings, before they are moved into the potentials
 
@@ -93,7 +94,7 @@ class Sinkhorn(NamedTuple):
 
 
 def entropic_plan(
-    cost: Tensor, reg: float, max_iter: int, start: tuple[Tensor, Tensor] | None = None, tolerance: float = 1e-7
+    cost: Tensor, reg: float, max_iter: int, start: tuple[Tensor, Tensor] | None = None, tolerance: float = TOLERANCE
 ) -> Sinkhorn:
     """The plan with entropy: at most `max_iter` scalings at each level of reg, until the columns err by `tolerance` in all.
 

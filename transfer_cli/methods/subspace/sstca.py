@@ -64,7 +64,7 @@ class SSTCA(Projection):
 
 
 def laplacian_form(x: Tensor, neighbours: int) -> Tensor:
-    """`Xᵀ L X` `(D, D)` of the symmetrised graph of nearest neighbours of samples `(N, D)`: `Σ_ij w_ij (x_i - x_j)(x_i - x_j)ᵀ / 2`.
+    """`Xᵀ L X = Σ_ij w_ij (x_i - x_j)(x_i - x_j)ᵀ / 2` `(D, D)` of the symmetrised graph of nearest neighbours of samples `(N, D)`.
 
     The graph is sparse, k entries a sample; nothing of N x N is formed.
     """

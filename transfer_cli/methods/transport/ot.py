@@ -24,6 +24,7 @@ from transfer_cli.methods.base import Context
 from transfer_cli.methods.feature_method import FeatureMethod, both
 from transfer_cli.methods.heads.knn import nearest
 from transfer_cli.methods.math.transport import (
+    TOLERANCE,
     Sinkhorn,
     entropic_plan,
     exact_plan,
@@ -35,6 +36,7 @@ from transfer_cli.methods.phases import FeatureTask
 
 EPSILON = 1e-3  # keeps the slope of the square root finite
 ROUNDS = 10  # of majorisation
+ROUGH = 1e-4  # error of the marginals, of 1 in all, at which a round that is not the last ends
 
 
 class OT(FeatureMethod):
@@ -90,10 +92,9 @@ def group_lasso_plan(
         one_hot: the source's classes `(n_s, K)`.
     """
     found = entropic_plan(cost, reg, max_iter)
-    for _ in range(ROUNDS - 1):
-        mass = cost.shape[1] * (
-            one_hot.T @ found.plan
-        )  # of each class at each target sample, (K, n_t); columns sum to 1
+    for left in reversed(range(ROUNDS - 1)):
+        mass = cost.shape[1] * (one_hot.T @ found.plan)  # of each class at each target sample, (K, n_t)
         tangent = one_hot @ (0.5 * eta * (mass + epsilon).rsqrt())
-        found = entropic_plan(tangent.add_(cost), reg, max_iter, found.potentials)
+        enough = ROUGH if left else TOLERANCE
+        found = entropic_plan(tangent.add_(cost), reg, max_iter, found.potentials, enough)
     return found
