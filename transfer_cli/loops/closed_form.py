@@ -32,6 +32,8 @@ def run_closed_form(phase: ClosedForm, session: Session, place: Place) -> None:
         session.average.module.load_state_dict(method.state_dict())
     if figures:
         session.metrics.write(step=place.steps_before, phase=phase.name, split="diagnostics", values=figures)
+        told = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
+        session.console.say(f"{phase.name}: {told}")
     session.console.advance(1, figures or {})
     session.monitor.observe(session.evaluated, place.steps_before, phase.name, candidate=place.last)
     session.console.stop()

@@ -242,9 +242,10 @@ def _html(caption: Sequence[str], header: Sequence[str], rows: Sequence[Sequence
         return "".join(f"<{tag}{' class=miss' if v.endswith('*') else ''}>{html.escape(v)}</{tag}>" for v in row)
 
     style = (
-        ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}"
+        ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem}"
         "div{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
         "td,th{padding:.2rem .6rem;text-align:right;white-space:nowrap}td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
+        "td:first-child{white-space:normal;max-width:12rem}"
         "tr.first td{border-top:1px solid #8886}.miss{color:#c40000;font-weight:600}"
         "@media(prefers-color-scheme:dark){.miss{color:#ff8a80}}"
     )
@@ -262,7 +263,8 @@ def _html(caption: Sequence[str], header: Sequence[str], rows: Sequence[Sequence
 def _number(value: float | None, sign: bool = False) -> str:
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:{'+' if sign else ''}.1f}"
+    rounded = round(value, 1) or 0.0  # no minus zero
+    return f"{rounded:{'+' if sign and rounded else ''}.1f}"
 
 
 def _mean(values: Sequence[float | None], sign: bool = False) -> str:

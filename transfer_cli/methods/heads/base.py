@@ -23,7 +23,8 @@ class Head(nn.Module):
     def __init__(self, kind: str, outputs: int) -> None:
         super().__init__()
         if kind not in self.kinds:
-            raise TransferError(f"head {type(self).__name__.lower()} does not do {kind}.")
+            other = "set head=ridge, knn or svm" if kind == "regression" else "choose another head"
+            raise TransferError(f"head {type(self).__name__.lower()} does not do {kind}: {other}.")
         self.kind, self.outputs = kind, outputs
         self.fitted = Fitted()
 

@@ -4,7 +4,7 @@
 
 Without the entropy by POT's network simplex; with it by Sinkhorn's scalings (Cuturi, NIPS 2013), stabilised as in Schmitzer
 (SIAM J. Sci. Comput. 41, 2019): scalings act on the kernel `exp((f + g - C) / reg)`, into which their logarithms are moved before
-they overflow, and reg comes down from the size of the costs.
+they overflow, and a small reg is come down to in steps.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ FORBIDDEN = 1000.0  # the cost, in medians, of moving a sample onto one of anoth
 PAIRS = 1000  # samples of each domain whose costs give the median
 TOLERANCE = 1e-7  # error of the marginals, of 1 in all
 BLOCK = 100  # scalings between two looks at the potentials
+STEEP = 100.0  # largest cost over reg, of the first reg
 RANGE = 1e100  # of scalings, before they are moved into the potentials
 
 
@@ -102,7 +103,7 @@ def entropic_plan(
         start: potentials of a problem nearby.
     """
     f, g = (cost.new_zeros(len(cost)), cost.new_zeros(cost.shape[1])) if start is None else start
-    levels = 0 if start is not None else max(0, math.ceil(math.log(float(cost.max()) / reg, 4)))
+    levels = 0 if start is not None else max(0, math.ceil(math.log(float(cost.max()) / (STEEP * reg), 4)))
     for level in range(levels, -1, -1):
         at, enough = reg * 4.0**level, tolerance if level == 0 else 1e-2
         left = max_iter
