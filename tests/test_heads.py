@@ -132,6 +132,17 @@ def test_in_an_svm_weights_are_repetitions(kernel: Any) -> None:
     assert torch.equal(weighted.predict(new).labels, repeated.predict(new).labels)
 
 
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_a_sample_of_weight_zero_is_not_there(kernel: Any) -> None:
+    x, y = blobs(90)
+    weights = (torch.rand(90, generator=torch.Generator().manual_seed(0)) > 0.4).double()
+    whole, part = (SVM("classification", 3, kernel=kernel, gamma=0.2) for _ in range(2))
+    whole.fit(x, y, weights)
+    part.fit(x[weights > 0], y[weights > 0], weights[weights > 0])
+    new, _ = blobs(100, seed=1)
+    torch.testing.assert_close(whole.predict(new).probs, part.predict(new).probs)
+
+
 @pytest.mark.parametrize("name", ["logistic", "ridge"])
 def test_weights_enter_the_linear_heads(name: str) -> None:
     """Against scikit-learn's sample weights, on the same standardised features."""

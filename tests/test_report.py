@@ -427,3 +427,12 @@ def test_figures_of_regression(tmp_path: Path, width: int) -> None:
     write_events(tmp_path)
     draw_figures(RunFolder(tmp_path))
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"learning_curves.png", "predicted_target_test.png"}
+
+
+def test_methods_without_a_choice_of_head_do_not_make_others_tell_theirs(tmp_path: Path) -> None:
+    head = {"head": {"name": "logistic", "l2": 0.001}}
+    write_run(tmp_path / "a", method="coral", config=head)
+    write_run(tmp_path / "b", method="dann")
+    assert set(rows_of(tmp_path)) == {"coral", "dann"}
+    write_run(tmp_path / "c", method="coral", config={"head": {"name": "knn", "k": 1}})
+    assert {"coral head=knn", "coral head=logistic"} < set(rows_of(tmp_path))

@@ -183,7 +183,14 @@ def _told_settings(runs: Sequence[Run]) -> dict[str, set[str]]:
 
 def _differing(settings: Iterable[Mapping[str, Any]]) -> set[str]:
     several = list(settings)
-    return {key for one in several for key in one if len({other.get(key) for other in several}) > 1}
+    return {key for one in several for key in one if len(_values(several, key)) > 1}
+
+
+def _values(settings: Sequence[Mapping[str, Any]], key: str) -> set[Any]:
+    """A setting's values; to lack one is a value too, but for the head: methods with their own have no choice of it to tell."""
+    if key == "head" or key.startswith("head."):
+        return {one[key] for one in settings if key in one}
+    return {one.get(key) for one in settings}
 
 
 def _row(run: Run, told: Mapping[str, set[str]]) -> Row:

@@ -45,6 +45,9 @@ class SVM(Head):
 
     def fit(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         gamma = self._gamma(x)
+        if weights is not None:  # libsvm's precomputed kernels go wrong where a weight is zero
+            kept = weights > 0
+            x, y, weights = x[kept], y[kept], weights[kept]
         if self.kernel == "linear":
             self._fit(x @ x.T, x, y, weights, None)
         else:

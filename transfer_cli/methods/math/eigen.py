@@ -1,14 +1,25 @@
-"""Eigenvectors of symmetric matrices, float64, with signs that do not depend on the machine."""
+"""Symmetric matrices and their eigenvectors, float64, with signs that do not depend on the machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from scipy.linalg import eigh
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
+DENSE = 500  # up to this size a matrix is decomposed as a whole
 RANK_TOLERANCE = 1e-12  # eigenvalues below this share of the largest are rounding
+
+
+def gram(x: Tensor) -> Tensor:
+    """`XᵀX` `(D, D)` of samples `(N, D)`."""
+    if x.device.type == "cpu":  # numpy sees that it is symmetric, and does half the work
+        return torch.from_numpy(x.numpy().T @ x.numpy())
+    return x.T @ x
 
 
 def top_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -19,6 +30,29 @@ def top_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     else:
         values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0)[:k], fix_signs(vectors.flip(1)[:, :k])
+
+
+def top_of_operator(multiply: Callable[[Tensor], Tensor], like: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same of a symmetric positive semi-definite matrix that is only ever multiplied with (Lanczos, to machine precision).
+
+    Args:
+        multiply: columns `(N, m)`, or a vector `(N,)`, to their products with the matrix.
+        like: any tensor `(N, ...)` with its size, type and device.
+    """
+    n = len(like)
+    if n > DENSE and k <= n // 10:
+
+        def product(vector: Any) -> Any:
+            return multiply(torch.from_numpy(vector).to(like)).cpu().numpy()
+
+        start = np.random.default_rng(0).standard_normal(n)
+        try:
+            operator = LinearOperator((n, n), matvec=product, dtype=np.float64)
+            values, vectors = (torch.from_numpy(found).to(like) for found in eigsh(operator, k, which="LA", v0=start))
+            return values.flip(0), fix_signs(vectors.flip(1))
+        except ArpackNoConvergence:  # eigenvalues that hardly differ
+            pass
+    return top_eigenvectors(multiply(torch.eye(n).to(like)), k)
 
 
 def range_of(gram: Tensor) -> tuple[Tensor, Tensor]:

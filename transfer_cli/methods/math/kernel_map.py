@@ -39,8 +39,15 @@ class KernelMap(nn.Module):
         self.kernel, self.gamma, self.approximate, self.landmarks = kernel, gamma, approximate, landmarks
         self.fitted = Fitted()
 
-    def fit(self, x: Tensor, seed: int = 0) -> Tensor:
+    @property
+    def exact(self) -> bool:
+        """Whether it needs a matrix of samples x samples."""
+        return self.kernel != "linear" and self.approximate == "none"
+
+    def fit(self, x: Tensor, seed: int = 0, whiten: bool = True) -> Tensor:
         """From training samples `(N, D)`; returns their features `(N, m)`.
+
+        Without `whiten` an exact kernel's features stay `k(x, X)`, for methods that solve for coefficients of the samples.
 
         Raises:
             TransferError: too many samples for an exact kernel matrix.
@@ -62,8 +69,10 @@ class KernelMap(nn.Module):
                 f"an exact kernel of {len(x)} samples needs {8e-9 * len(x) ** 2:.0f} GB: set method.approximate=nystroem "
                 "or random_features."
             )
-        values, vectors = range_of(rbf(chosen, chosen, self.fitted.gamma))
-        self.fitted.put(centres=chosen, whitening=vectors / values.sqrt())
+        self.fitted.put(centres=chosen)
+        if whiten or not self.exact:
+            values, vectors = range_of(rbf(chosen, chosen, self.fitted.gamma))
+            self.fitted.put(whitening=vectors / values.sqrt())
         return self(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,12 +81,13 @@ class KernelMap(nn.Module):
         f = self.fitted
         if self.approximate == "random_features":
             return math.sqrt(2 / self.landmarks) * torch.cos(x @ f.directions + f.phases)
-        return rbf(x, f.centres, f.gamma) @ f.whitening
+        found = rbf(x, f.centres, f.gamma)
+        return found @ f.whitening if hasattr(f, "whitening") else found
 
 
 def rbf(a: Tensor, b: Tensor, gamma: Tensor | float) -> Tensor:
     """`exp(-gamma ‖a_i - b_j‖²)`, `(N, M)`."""
-    return torch.exp(-gamma * square_distances(a, b))
+    return square_distances(a, b).mul_(-gamma).exp_()
 
 
 def square_distances(a: Tensor, b: Tensor) -> Tensor:

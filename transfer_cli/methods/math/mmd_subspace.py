@@ -8,19 +8,21 @@ with `X = V S Uᵀ`, `a = V c` and `M = E Eᵀ`, of few columns, it becomes
     S Uᵀ Xᵀ H X U S c = (1/φ) (F Fᵀ + λ I) c            F = S Uᵀ Xᵀ E,   embedding  Z = K a = X U S c
 
 of the size of the features' rank. `F` has few columns, so `(F Fᵀ + λ I)^(-1/2)` is known in closed form and what is left is the top
-of an ordinary symmetric eigenproblem. Eigenvectors have unit Euclidean length, as in the published code: the scale of each
+of an ordinary symmetric eigenproblem. With a kernel matrix K in place of its features the coefficients are a itself, and K is
+only multiplied with. Eigenvectors have unit Euclidean length, as in the published code: the scale of each
 embedding's axis depends on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
-from transfer_cli.methods.math.eigen import fix_signs, range_of, top_eigenvectors
+from transfer_cli.methods.math.eigen import fix_signs, gram, range_of, top_eigenvectors, top_of_operator
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Span:
     def of(cls, x: Tensor, k: int) -> Span:
         """Raises:
         TransferError: the samples span fewer than k dimensions."""
-        values, directions = range_of(x.T @ x)
+        values, directions = range_of(gram(x))
         if not 1 <= k <= len(values):
             raise TransferError(f"method.components={k} must be between 1 and {len(values)}, the rank of the features.")
         sizes = values.sqrt()
@@ -59,14 +61,11 @@ class Span:
         """
         inner = self.spread if spread is None else spread
         f = self.sizes[:, None] * (self.directions.T @ contrast)
-        left, singular, _ = torch.linalg.svd(f, full_matrices=False)
-        shrink = (1 + singular.square() / ridge).rsqrt() - 1  # (F Fᵀ + λ I)^(-1/2) sqrt(λ) = I + left shrink leftᵀ
         if penalty is not None:
             return self._solve_dense(f @ f.T + penalty, inner, ridge, k)
-        inner = inner + (left * shrink) @ (left.T @ inner)
-        inner = inner + (inner @ left * shrink) @ left.T
-        _, vectors = top_eigenvectors(inner, k)
-        vectors = vectors + (left * shrink) @ (left.T @ vectors)
+        shrink = shrinking(f, ridge)
+        _, vectors = top_eigenvectors(shrink(shrink(inner).T), k)
+        vectors = shrink(vectors)
         vectors = vectors / vectors.norm(dim=0)
         return self.directions @ (self.sizes[:, None] * vectors)
 
@@ -76,6 +75,40 @@ class Span:
         _, vectors = top_eigenvectors(torch.linalg.solve_triangular(root, half.T, upper=False), k)
         vectors = torch.linalg.solve_triangular(root.T, vectors, upper=True)
         return self.directions @ (self.sizes[:, None] * fix_signs(vectors / vectors.norm(dim=0)))
+
+
+@dataclass(frozen=True)
+class KernelSpan:
+    """The same for features `k(x, X)`: the kernel matrix K `(N, N)`, of which no other such matrix is made."""
+
+    kernel: Tensor
+
+    def solve(self, contrast: Tensor, ridge: float, k: int) -> Tensor:
+        """The map `(N, k)` from features to the embedding, given `K E` `(N, m)`.
+
+        Raises:
+            TransferError: the kernel matrix has a rank below k."""
+        n, shrink = len(self.kernel), shrinking(contrast, ridge)
+
+        def inner(vectors: Tensor) -> Tensor:
+            images = self.kernel @ shrink(vectors)
+            return shrink(self.kernel @ (images - images.mean(0)))
+
+        if 1 <= k <= n:
+            values, vectors = top_of_operator(inner, contrast, k)
+            if float(values[-1]) > torch.finfo(values.dtype).eps * float(values[0]):
+                vectors = shrink(vectors)
+                return vectors / vectors.norm(dim=0)
+        raise TransferError(
+            f"method.components={k} must be at least 1, and no more than the rank of the kernel of {n} samples."
+        )
+
+
+def shrinking(f: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
+    """The product with `sqrt(λ) (F Fᵀ + λ I)^(-1/2)`, F `(N, m)` of few columns."""
+    left, singular, _ = torch.linalg.svd(f, full_matrices=False)
+    weighted = left * ((1 + singular.square() / ridge).rsqrt() - 1)
+    return lambda columns: columns + weighted @ (left.T @ columns)
 
 
 @dataclass(frozen=True)

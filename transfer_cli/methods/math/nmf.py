@@ -63,9 +63,12 @@ def encode(x: Tensor, basis: Tensor, steps: int = 100) -> Tensor:
 
 def _sweep(codes: Tensor, products: Tensor, gram: Tensor) -> Tensor:
     """Each column of `codes` `(N, k)` to its minimiser, given `X Bᵀ` `(N, k)` and `B Bᵀ` `(k, k)`."""
-    columns = codes.T.contiguous()
-    for j in range(len(columns)):
-        if float(gram[j, j]) > TINY:
-            change = (products[:, j] - gram[j] @ columns) / gram[j, j]
-            columns[j] = (columns[j] + change).clamp_min(0)
+    columns, own = codes.T.contiguous(), gram.diagonal().clone()
+    solid = own > TINY
+    own[~solid] = 1.0
+    others = gram / own[:, None] - torch.eye(len(gram)).to(gram)  # without the column itself, whose share is one
+    wanted = (products / own).T.contiguous()
+    for j, there in enumerate(solid.tolist()):
+        if there:
+            columns[j] = torch.addmv(wanted[j], columns.T, others[j], alpha=-1).clamp_min_(0)
     return columns.T

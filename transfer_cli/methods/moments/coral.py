@@ -17,7 +17,7 @@ from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.feature_method import FeatureMethod, both
 from transfer_cli.methods.heads.svm import SVM
-from transfer_cli.methods.math.eigen import matrix_function
+from transfer_cli.methods.math.eigen import gram, matrix_function
 from transfer_cli.methods.phases import FeatureTask
 
 
@@ -62,7 +62,7 @@ def alignment(source: Tensor, target: Tensor, ridge: float) -> Tensor:
 
 def _covariance(x: Tensor, ridge: float) -> Tensor:
     centred = x - x.mean(0)
-    covariance = centred.T @ centred / max(1, len(x) - 1)
+    covariance = gram(centred) / max(1, len(x) - 1)
     covariance.diagonal().add_(ridge)
     return covariance
 

@@ -38,8 +38,8 @@ class JDA(Projection):
         super().__init__(context, components, ridge, (kernel, gamma, approximate, landmarks), unit)
         self.iterations = iterations
 
-    def projection(self, task: FeatureTask) -> Tensor:
-        span, found = self.span(task), None
+    def projection(self, task: FeatureTask, x: Tensor) -> Tensor:
+        span, found = self.span(x), None
         for _ in range(self.iterations):
             contrast = self.contrast(task, None if found is None else self.pseudo_labels(task, found))
             found = span.solve(contrast.normalised(), self.ridge, self.components)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.feature_method import FeatureMethod, both
 from transfer_cli.methods.math.kernel_map import Approximation, Kernel, KernelMap
-from transfer_cli.methods.math.principal import principal_components
+from transfer_cli.methods.math.principal import kernel_components, principal_components
 from transfer_cli.methods.phases import FeatureTask
 
 
@@ -33,10 +33,14 @@ class KPCA(FeatureMethod):
 
     def adapt(self, task: FeatureTask) -> dict[str, float]:
         source, target = both(task)
-        features = self.kernel.fit(torch.cat([source.x, target.x]))
-        basis, mean, variances = principal_components(features, self.components)
+        features = self.kernel.fit(torch.cat([source.x, target.x]), whiten=False)
+        if self.kernel.exact:
+            basis, mean, share = kernel_components(features, self.components)
+        else:
+            basis, mean, variances = principal_components(features, self.components)
+            share = float(variances[: self.components].sum() / variances.sum())
         self.fitted.put(basis=basis, mean=mean)
-        return {"explained_variance": float(variances[: self.components].sum() / variances.sum())}
+        return {"explained_variance": share}
 
     def map_source(self, z: Tensor) -> Tensor:
         return (self.kernel(z) - self.fitted.mean) @ self.fitted.basis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.feature_method import FeatureMethod, both
 from transfer_cli.methods.math.kernel_map import Approximation, Kernel, KernelMap
-from transfer_cli.methods.math.mmd_subspace import Span
+from transfer_cli.methods.math.mmd_subspace import KernelSpan, Span
 from transfer_cli.methods.phases import FeatureTask
 from transfer_cli.methods.preprocessing import unit_rows
 
 
 class Projection(FeatureMethod):
     """`kernel`: name, gamma, approximation, number of landmarks."""
+
+    inner_products: ClassVar[bool] = False  # True: it needs features whose inner products are an exact kernel's too
 
     def __init__(
         self,
@@ -35,13 +38,13 @@ class Projection(FeatureMethod):
         self.components, self.ridge, self.unit = components, ridge, unit
         self.kernel = KernelMap(*kernel)
 
-    def projection(self, task: FeatureTask) -> Tensor:
-        """The map `(m, k)` from the kernel's features; the task's are those already."""
+    def projection(self, task: FeatureTask, x: Tensor) -> Tensor:
+        """The map `(m, k)` from the kernel's features. The task's are those already; `x` `(N, m)` are source and target."""
         raise NotImplementedError
 
     def adapt(self, task: FeatureTask) -> dict[str, float]:
         source, target = both(task)
-        x = self.kernel.fit(torch.cat([source.x, target.x]))
+        x = self.kernel.fit(torch.cat([source.x, target.x]), whiten=self.inner_products)
         parts = x.split([len(source.x), len(target.x)])
         labelled = task.target_labelled
         mapped = FeatureTask(
@@ -49,12 +52,11 @@ class Projection(FeatureMethod):
             replace(target, x=parts[1]),
             None if labelled is None else replace(labelled, x=self.kernel(labelled.x)),
         )
-        self.fitted.put(projection=self.projection(mapped))
+        self.fitted.put(projection=self.projection(mapped, x))
         return {}
 
-    def span(self, task: FeatureTask) -> Span:
-        source, target = both(task)
-        return Span.of(torch.cat([source.x, target.x]), self.components)
+    def span(self, x: Tensor) -> Span | KernelSpan:
+        return KernelSpan(x) if self.kernel.exact else Span.of(x, self.components)
 
     def embed(self, z: Tensor) -> Tensor:
         """Kernel features `(B, m)` to the embedding `(B, k)`."""

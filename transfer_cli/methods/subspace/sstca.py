@@ -25,6 +25,7 @@ from transfer_cli.methods.subspace.projection import Projection
 
 class SSTCA(Projection):
     kinds = ("classification",)
+    inner_products = True
 
     def __init__(
         self,
@@ -48,10 +49,10 @@ class SSTCA(Projection):
             )
         self.label_weight, self.locality, self.neighbours = label_weight, locality, neighbours
 
-    def projection(self, task: FeatureTask) -> Tensor:
+    def projection(self, task: FeatureTask, x: Tensor) -> Tensor:
         source, target = both(task)
         assert source.y is not None
-        x, labels = torch.cat([source.x, target.x]), [source.y]
+        labels = [source.y]
         if task.target_labelled is not None and task.target_labelled.y is not None:  # once more, with their labels
             x, labels = torch.cat([task.target_labelled.x, x]), [task.target_labelled.y, *labels]
         span = Span.of(x, self.components)

@@ -34,7 +34,7 @@ class TCA(Projection):
     ) -> None:
         super().__init__(context, components, ridge, (kernel, gamma, approximate, landmarks), unit)
 
-    def projection(self, task: FeatureTask) -> Tensor:
+    def projection(self, task: FeatureTask, x: Tensor) -> Tensor:
         source, target = both(task)
         contrast = domain_contrast(source.x, target.x).normalised()
-        return self.span(task).solve(contrast, self.ridge, self.components)
+        return self.span(x).solve(contrast, self.ridge, self.components)

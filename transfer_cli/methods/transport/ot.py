@@ -6,10 +6,9 @@
 mass from one class (in regression, which has no classes, it is `entropic`). C is the squared Euclidean distance over its median, so
 `reg` and `eta` are relative to a typical cost and depend neither on the features' scale nor on the number of samples.
 
-A training source sample moves to the mean of the target under its row of γ, so the more entropy, the closer the images are to the
-target's mean. Another one moves by as much as the training source sample
-nearest to it (Ferradans, Papadakis, Peyre & Aujol, SIAM J. Imaging Sci. 7, 2014). The target stays. With granted target labels no
-source sample moves onto a target sample of another class.
+A training source sample moves to the mean of the target under its row of γ: the more entropy, the closer to the target's mean.
+Another one moves by as much as the training source sample nearest to it (Ferradans, Papadakis, Peyre & Aujol, SIAM J. Imaging Sci.
+7, 2014). The target stays. With granted target labels no source sample moves onto a target sample of another class.
 """
 
 from __future__ import annotations
