@@ -810,3 +810,17 @@ def test_office_caltech_gives_the_published_nearest_neighbour_figure(real: Path)
     nearest = torch.cdist(pixels(target).double(), pixels(source).double()).argmin(1)
     accuracy = (source.labels[nearest] == target.labels).double().mean().item()
     assert round(100 * accuracy, 1) == 23.7
+
+
+def test_two_moons_are_turned_scaled_and_a_function_of_their_keys(tmp_path: Path) -> None:
+    from transfer_cli.data.readers.two_moons import TwoMoons
+
+    place = Place(None)
+    flat, turned = TwoMoons(place, noise=0.0).load(), TwoMoons(place, noise=0.0, angle=90.0, scale=2.0).load()
+    x, y = flat.train.inputs.values, turned.train.inputs.values  # type: ignore[attr-defined]
+    torch.testing.assert_close(y, 2 * torch.stack([-x[:, 1], x[:, 0]], 1))
+    assert flat.train.labels.bincount().tolist() == [75, 75]
+    upper = x[flat.train.labels == 0] + torch.tensor([0.5, 0.25])
+    torch.testing.assert_close(upper.norm(dim=1), torch.ones(75))  # a half-circle around the origin
+    keys = [{}, {"draw": 1}, {"angle": 5.0}, {"noise": 0.1}, {"n": 151}, {"scale": 2.0}]
+    assert len({TwoMoons(place, **key).fingerprint() for key in keys}) == len(keys)  # type: ignore[arg-type]

@@ -363,3 +363,15 @@ def test_a_tasks_shape_survives_a_checkpoint(setting: str) -> None:
 def test_parts_whose_lengths_differ_are_refused() -> None:
     with pytest.raises(TransferError, match="3 inputs, 2 labels and 3 ids do not fit"):
         Part(ArrayInputs(torch.zeros(3, 1)), torch.zeros(2), numbered("x", 3))
+
+
+def test_a_number_of_source_samples_per_class_is_kept_and_nothing_else_changes() -> None:
+    whole, held = split(domain("s"), domain("t"))
+    few, same = split(domain("s"), domain("t"), subset={**NO_SUBSET, "source_per_class": 5})
+    assert whole.source is not None and few.source is not None
+    most = whole.source.labels.bincount().clamp_max(5)
+    assert few.source.labels.bincount().tolist() == most.tolist()
+    assert set(few.source.ids) < set(whole.source.ids)
+    assert few.target_unlabelled.ids == whole.target_unlabelled.ids and same.target_test.ids == held.target_test.ids
+    again = split(domain("s"), domain("t"), subset={**NO_SUBSET, "source_per_class": 5}, data_seed=7)[0]
+    assert again.source is not None and again.source.ids != few.source.ids
