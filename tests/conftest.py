@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -40,7 +41,8 @@ def transfer(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["transfer"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    path = list(sys.path)
+    path, root = list(sys.path), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
 
     def call(*arguments: str) -> Outcome:
         capsys.readouterr()
@@ -54,6 +56,7 @@ def transfer(
 
     yield call
     sys.path[:] = path
+    root.handlers[:], root.level = handlers, level  # Hydra's --info leaves a handler that writes to this test's stderr
 
 
 @pytest.fixture

@@ -37,15 +37,15 @@ class Preprocessing(nn.Module):
                 scale = torch.ones_like(scale) if step == "center_domain" else scale
                 self.fitted.put(**{f"mean{i}_{name}": mean, f"scale{i}_{name}": scale})
             domains = {name: self._step(x, i, name) for name, x in domains.items()}
-        x = torch.cat(list(domains.values()))
         if self.options.reduce == "pca":
-            basis, mean, variances = principal_components(x, self.options.components)
+            basis, mean, variances = principal_components(list(domains.values()), self.options.components)
             share = float(variances[: self.options.components].sum() / variances.sum())
             if self.options.whiten:
                 basis = basis * variances[: self.options.components].rsqrt()
             self.fitted.put(basis=basis, offset=mean)
             return {"explained_variance": share}
         if self.options.reduce == "nmf":
+            x = torch.cat(list(domains.values()))
             _, basis, errors = factorise(x, self.options.components)
             self.fitted.put(basis=basis)
             return {"explained_variance": 1 - errors[-1] / float((x - x.mean(0)).square().sum())}

@@ -16,7 +16,8 @@ from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.heads.base import Head
 
-BLOCK = 2**25  # distances held at once
+BLOCK = 2**20  # distances held at once, in the processor's cache, unless that leaves blocks of few rows
+ROWS = 64
 LEFT_OUT = 2000  # at most as many samples estimate the variance
 
 
@@ -52,8 +53,9 @@ class KNN(Head):
 
 def nearest(x: Tensor, among: Tensor, k: int) -> Tensor:
     """Indices `(N, k)` of the rows of `among` `(M, D)` nearest to each row of `x` `(N, D)`, nearest first."""
-    norms = among.square().sum(1)
-    found = []
-    for block in x.split(max(1, BLOCK // len(among))):
-        found.append(torch.addmm(norms, block, among.T, alpha=-2.0).topk(k, dim=1, largest=False).indices)
+    norms, rows = among.square().sum(1), max(ROWS, BLOCK // len(among))
+    held, found = x.new_empty(min(rows, len(x)), len(among)), []
+    for block in x.split(rows):
+        squares = torch.addmm(norms, block, among.T, alpha=-2.0, out=held[: len(block)])
+        found.append(squares.min(1, keepdim=True).indices if k == 1 else squares.topk(k, dim=1, largest=False).indices)
     return torch.cat(found)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.linalg import eigh
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
+BLOCK = 2048  # samples centred at once
 DENSE = 500  # up to this size a matrix is decomposed as a whole
 RANK_TOLERANCE = 1e-12  # eigenvalues below this share of the largest are rounding
 
@@ -20,6 +21,14 @@ def gram(x: Tensor) -> Tensor:
     if x.device.type == "cpu":  # numpy sees that it is symmetric, and does half the work
         return torch.from_numpy(x.numpy().T @ x.numpy())
     return x.T @ x
+
+
+def scatter(x: Tensor, mean: Tensor) -> Tensor:
+    """`(X - 1 μᵀ)ᵀ (X - 1 μᵀ)` `(D, D)` of samples `(N, D)`, of which no centred copy is made."""
+    found, centred = x.new_zeros(x.shape[1], x.shape[1]), torch.empty_like(x[:BLOCK])
+    for block in x.split(BLOCK):
+        found += gram(torch.sub(block, mean, out=centred[: len(block)]))
+    return found
 
 
 def top_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +59,7 @@ def top_of_operator(multiply: Callable[[Tensor], Tensor], like: Tensor, k: int) 
             operator = LinearOperator((n, n), matvec=product, dtype=np.float64)
             values, vectors = (torch.from_numpy(found).to(like) for found in eigsh(operator, k, which="LA", v0=start))
             return values.flip(0), fix_signs(vectors.flip(1))
-        except ArpackNoConvergence:  # eigenvalues that hardly differ
+        except ArpackError:  # eigenvalues that hardly differ, or too few that are not zero
             pass
     return top_eigenvectors(multiply(torch.eye(n).to(like)), k)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transfer_cli.errors import TransferError
 
 TINY = 1e-12
+BLOCK = 3000  # samples that are in the processor's cache while their codes are found and used
 
 
 def factorise(
@@ -38,37 +39,40 @@ def factorise(
     scale = (x.mean() / k).sqrt()
     codes = (scale * torch.rand(len(x), k, generator=draw, dtype=torch.float64)).to(x)
     basis = (scale * torch.rand(k, x.shape[1], generator=draw, dtype=torch.float64)).to(x)
+    parts = [(rows, part.T.contiguous()) for rows, part in zip(x.split(BLOCK), codes.split(BLOCK), strict=True)]
     total, errors = x.square().sum(), list[float]()
     for _ in range(steps):
-        codes = _sweep(codes, x @ basis.T, basis @ basis.T)
-        products, gram = codes.T @ x, codes.T @ codes
-        basis = _sweep(basis.T, products.T, gram).T
+        inner, products, gram = basis @ basis.T, torch.zeros_like(basis), basis.new_zeros(k, k)
+        for rows, part in parts:
+            _sweep(part, basis @ rows.T, inner)
+            products.addmm_(part, rows)
+            gram.addmm_(part, part.T)
+        _sweep(basis, products, gram)
         errors.append(float((total - 2 * (products * basis).sum() + (gram * (basis @ basis.T)).sum()).clamp_min(0)))
         if len(errors) > 1 and errors[-2] - errors[-1] < tolerance * errors[0]:
             break
-    return codes, basis, errors
+    return torch.cat([part for _, part in parts], dim=1).T, basis, errors
 
 
 def encode(x: Tensor, basis: Tensor, steps: int = 100) -> Tensor:
     """The codes `(N, k)` of new samples `(N, D)` under a basis `(k, D)`."""
-    products, gram = x @ basis.T, basis @ basis.T
-    codes = (products / gram.diagonal().clamp_min(TINY)).clamp_min(0) / len(basis)
+    products, gram = basis @ x.T, basis @ basis.T
+    codes = (products / gram.diagonal().clamp_min(TINY)[:, None]).clamp_min(0) / len(basis)
     for _ in range(steps):
         before = codes.clone()
-        codes = _sweep(codes, products, gram)
+        _sweep(codes, products, gram)
         if float((codes - before).abs().max()) < 1e-8 * float(codes.abs().max().clamp_min(TINY)):
             break
-    return codes
+    return codes.T
 
 
-def _sweep(codes: Tensor, products: Tensor, gram: Tensor) -> Tensor:
-    """Each column of `codes` `(N, k)` to its minimiser, given `X Bᵀ` `(N, k)` and `B Bᵀ` `(k, k)`."""
-    columns, own = codes.T.contiguous(), gram.diagonal().clone()
+def _sweep(codes: Tensor, products: Tensor, gram: Tensor) -> None:
+    """Each row of `codes` `(k, N)`, in place, to its minimiser, given `B Xᵀ` `(k, N)` and `B Bᵀ` `(k, k)`."""
+    own = gram.diagonal().clone()
     solid = own > TINY
     own[~solid] = 1.0
-    others = gram / own[:, None] - torch.eye(len(gram)).to(gram)  # without the column itself, whose share is one
-    wanted = (products / own).T.contiguous()
-    for j, there in enumerate(solid.tolist()):
+    others = gram / own[:, None] - torch.eye(len(gram)).to(gram)  # without the row itself, whose share is one
+    alone, samples = (products / own[:, None]).unbind(), codes.T
+    for row, start, coefficients, there in zip(codes.unbind(), alone, others.unbind(), solid.tolist(), strict=True):
         if there:
-            columns[j] = torch.addmv(wanted[j], columns.T, others[j], alpha=-1).clamp_min_(0)
-    return columns.T
+            torch.clamp_min(torch.addmv(start, samples, coefficients, alpha=-1), 0, out=row)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.feature_method import FeatureMethod, both
 from transfer_cli.methods.heads.svm import SVM
-from transfer_cli.methods.math.eigen import gram, matrix_function
+from transfer_cli.methods.math.eigen import matrix_function, scatter
 from transfer_cli.methods.phases import FeatureTask
 
 
@@ -38,7 +39,8 @@ class CORAL(FeatureMethod):
         return {}
 
     def map_source(self, z: Tensor) -> Tensor:
-        return (z - self.fitted.mean_s) @ self.fitted.alignment + self.fitted.mean_t
+        f = self.fitted
+        return torch.addmm(f.mean_t - f.mean_s @ f.alignment, z, f.alignment)
 
     def fit_head(self, task: FeatureTask) -> None:
         if self.form == "map":
@@ -61,8 +63,7 @@ def alignment(source: Tensor, target: Tensor, ridge: float) -> Tensor:
 
 
 def _covariance(x: Tensor, ridge: float) -> Tensor:
-    centred = x - x.mean(0)
-    covariance = gram(centred) / max(1, len(x) - 1)
+    covariance = scatter(x, x.mean(0)) / max(1, len(x) - 1)
     covariance.diagonal().add_(ridge)
     return covariance
 

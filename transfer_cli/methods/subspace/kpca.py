@@ -34,13 +34,10 @@ class KPCA(FeatureMethod):
     def adapt(self, task: FeatureTask) -> dict[str, float]:
         source, target = both(task)
         features = self.kernel.fit(torch.cat([source.x, target.x]), whiten=False)
-        if self.kernel.exact:
-            basis, mean, share = kernel_components(features, self.components)
-        else:
-            basis, mean, variances = principal_components(features, self.components)
-            share = float(variances[: self.components].sum() / variances.sum())
+        components = kernel_components if self.kernel.exact else principal_components
+        basis, mean, variances = components(features, self.components)
         self.fitted.put(basis=basis, mean=mean)
-        return {"explained_variance": share}
+        return {"explained_variance": float(variances[: self.components].sum() / variances.sum())}
 
     def map_source(self, z: Tensor) -> Tensor:
         return (self.kernel(z) - self.fitted.mean) @ self.fitted.basis

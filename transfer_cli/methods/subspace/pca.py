@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.feature_method import FeatureMethod, both
-from transfer_cli.methods.math.principal import principal_components
+from transfer_cli.methods.math.principal import principal_components, project
 from transfer_cli.methods.phases import FeatureTask
 
 
@@ -23,13 +22,13 @@ class PCA(FeatureMethod):
 
     def adapt(self, task: FeatureTask) -> dict[str, float]:
         source, target = both(task)
-        basis, mean, variances = principal_components(torch.cat([source.x, target.x]), self.components)
+        basis, mean, variances = principal_components([source.x, target.x], self.components)
         kept = variances[: self.components]
         self.fitted.put(basis=basis / kept.sqrt() if self.whiten else basis, mean=mean)
         return {"explained_variance": float(kept.sum() / variances.sum())}
 
     def map_source(self, z: Tensor) -> Tensor:
-        return (z - self.fitted.mean) @ self.fitted.basis
+        return project(z, self.fitted.mean, self.fitted.basis)
 
     def map_target(self, z: Tensor) -> Tensor:
         return self.map_source(z)

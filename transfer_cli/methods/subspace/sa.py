@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.feature_method import FeatureMethod, both
-from transfer_cli.methods.math.principal import principal_components
+from transfer_cli.methods.math.principal import principal_components, project
 from transfer_cli.methods.phases import FeatureTask
 
 
@@ -29,7 +29,7 @@ class SubspaceAlignment(FeatureMethod):
         return {}
 
     def map_source(self, z: Tensor) -> Tensor:
-        return (z - self.fitted.mean_s) @ self.fitted.source
+        return project(z, self.fitted.mean_s, self.fitted.source)
 
     def map_target(self, z: Tensor) -> Tensor:
-        return (z - self.fitted.mean_t) @ self.fitted.target
+        return project(z, self.fitted.mean_t, self.fitted.target)
