@@ -43,7 +43,8 @@ class Ridge(Head):
         """`(N,)`: the diagonal of the matrix that takes labels to fitted values."""
         centred = z - share @ z
         gram = (centred * share[:, None]).T @ centred + self.l2 * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        return share * (1 + (centred * torch.linalg.solve(gram, centred.T).T).sum(1))
+        half = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), centred.T, upper=False)
+        return share * (1 + half.square().sum(0))
 
     def predict(self, x: Tensor) -> Prediction:
         outputs = x.double() @ self.fitted.w.T + self.fitted.b

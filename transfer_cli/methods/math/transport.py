@@ -104,26 +104,35 @@ def entropic_plan(
     """
     f, g = (cost.new_zeros(len(cost)), cost.new_zeros(cost.shape[1])) if start is None else start
     levels = 0 if start is not None else max(0, math.ceil(math.log(float(cost.max()) / (STEEP * reg), 4)))
+    plain = start is None and levels == 0  # exp(-C / reg) does not underflow
     for level in range(levels, -1, -1):
         at, enough = reg * 4.0**level, tolerance if level == 0 else 1e-2
         left = max_iter
         while left > 0:
-            plan, f, g, error, used = _scale(cost, at, f, g, min(BLOCK, left), enough)
-            left -= used
+            plan, f, g, error, used = _scale(cost, at, f, g, min(BLOCK, left), enough, plain)
+            left, plain = left - used, False
             if error <= enough:
                 break
     return Sinkhorn(plan, (f, g), error)
 
 
 def _scale(
-    cost: Tensor, reg: float, f: Tensor, g: Tensor, steps: int, enough: float
+    cost: Tensor, reg: float, f: Tensor, g: Tensor, steps: int, enough: float, plain: bool
 ) -> tuple[Tensor, Tensor, Tensor, float, int]:
-    """One step of both potentials in logarithms, which nothing can upset, then scalings of that kernel while they stay in range."""
+    """One step of both potentials in logarithms, which nothing can upset, then scalings of that kernel while they stay in range.
+
+    `plain`: no potentials yet, and none needed: the kernel is `exp(-C / reg)`.
+    """
     n, m = cost.shape
-    g = -reg * (math.log(m) + torch.sub(f[:, None], cost).div_(reg).logsumexp(0))
-    f = -reg * (math.log(n) + torch.sub(g, cost).div_(reg).logsumexp(1))
-    kernel = torch.sub(f[:, None], cost).add_(g).div_(reg).exp_()
-    u, v, columns, used = torch.ones_like(f), torch.ones_like(g), kernel.sum(0), 1
+    if plain:
+        kernel = torch.mul(cost, -1 / reg).exp_()
+        u, v, used = 1 / (n * kernel.sum(1)), torch.ones_like(g), 1
+        columns = u @ kernel
+    else:
+        g = -reg * (math.log(m) + torch.sub(f[:, None], cost).div_(reg).logsumexp(0))
+        f = -reg * (math.log(n) + torch.sub(g, cost).div_(reg).logsumexp(1))
+        kernel = torch.sub(f[:, None], cost).add_(g).div_(reg).exp_()
+        u, v, columns, used = torch.ones_like(f), torch.ones_like(g), kernel.sum(0), 1
     while True:
         error = float((v * columns - 1 / m).abs().sum())
         if error <= enough or used >= steps:

@@ -8,12 +8,13 @@ with `A C_s A = C_t`. C: covariances + `ridge` I; directions in which the source
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.feature_method import FeatureMethod, both
-from transfer_cli.methods.math.eigen import RANK_TOLERANCE, matrix_function
+from transfer_cli.methods.math.eigen import RANK_TOLERANCE, matrix_function, scatter
 from transfer_cli.methods.phases import FeatureTask
 
 
@@ -34,21 +35,22 @@ class LinearOT(FeatureMethod):
         return {}
 
     def map_source(self, z: Tensor) -> Tensor:
-        return (z - self.fitted.mean_s) @ self.fitted.map + self.fitted.mean_t
+        f = self.fitted
+        return torch.addmm(f.mean_t - f.mean_s @ f.map, z, f.map)
 
 
 def gaussian_map(source: Tensor, target: Tensor) -> Tensor:
     """A `(D, D)` from two covariances."""
-    root = matrix_function(source, lambda values: values.clamp_min(0).sqrt())
-    inverse = matrix_function(source, _inverse_root)
+    values, vectors = torch.linalg.eigh(source)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    inverse = (vectors * _inverse_root(values)) @ vectors.T
     middle = matrix_function(root @ target @ root, lambda values: values.clamp_min(0).sqrt())
     return inverse @ middle @ inverse
 
 
 def covariance(x: Tensor, ridge: float) -> Tensor:
     """Of samples `(N, D)`, plus `ridge` I."""
-    centred = x - x.mean(0)
-    found = centred.T @ centred / max(1, len(x) - 1)
+    found = scatter(x, x.mean(0)) / max(1, len(x) - 1)
     found.diagonal().add_(ridge)
     return found
 

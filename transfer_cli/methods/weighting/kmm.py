@@ -22,7 +22,7 @@ from transfer_cli.methods.math.importance import effective_share
 from transfer_cli.methods.math.kernel_map import LARGEST_EXACT, Approximation, KernelMap, median_square, rbf
 from transfer_cli.methods.phases import FeatureTask
 
-TOLERANCE = 1e-5  # of κᵀ 1, the size of the objective
+TOLERANCE = 1e-4  # of κᵀ 1, the size of the objective
 MAX_STEPS = 20_000
 
 
