@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transfer_cli.backbones.base import Backbone
 from transfer_cli.config.identity import component_content
 from transfer_cli.config.schema import Config
 from transfer_cli.data.batching import in_order
@@ -47,13 +46,17 @@ class Extractor:
     """A backbone and the way in which it is used. Batches all have one size, the last filled up, so that (on the CPU, sequences
     apart) a sample's features are the same bits whatever others are in its batch."""
 
-    backbone: Backbone
+    backbone: nn.Module
     identity: str  # all that its features depend on besides their inputs
     about: Mapping[str, str]  # the same for people
     device: torch.device
     batch: int
     workers: int = 0
     channels_last: bool = False
+
+    @property
+    def width(self) -> int:
+        return int(self.backbone.out_features)  # type: ignore[arg-type]
 
     def key(self, origin: Origin) -> str:
         return fingerprint_values(origin.key, origin.size, self.identity, self.batch)
@@ -74,7 +77,7 @@ class Extractor:
 
 
 def make_extractor(
-    backbone: Backbone, chosen: Component, spec: InputSpec, config: Config, device: torch.device
+    backbone: nn.Module, chosen: Component, spec: InputSpec, config: Config, device: torch.device
 ) -> Extractor:
     """Of a backbone that was just built from `chosen`; `spec` is that of its inputs."""
     trainer, content = config.trainer, component_content(chosen)
@@ -144,15 +147,13 @@ def _features(
     rows = torch.cat([_origin(part).rows for part in parts]).unique().numpy()
     what = f"features of {origin.name}"
     if cache is not None:
-        entry = cache.entry(extract.key(origin), origin.size, extract.backbone.out_features)
+        entry = cache.entry(extract.key(origin), origin.size, extract.width)
         if (values := entry.read(rows)) is not None:
             return values
         if cache.make_room(entry, len(rows)):
             return _completed(entry, rows, parts, extract, console, what)
         console.say(f"{what}: no room within features.cache_gb, kept in memory")
-    values = np.zeros(
-        (origin.size, extract.backbone.out_features), np.float32
-    )  # rows that nobody writes take no memory
+    values = np.zeros((origin.size, extract.width), np.float32)  # rows that nobody writes take no memory
     _fill(parts, rows, extract, values.__setitem__, console, what)
     return values
 

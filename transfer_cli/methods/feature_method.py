@@ -17,7 +17,8 @@ from torch import Tensor
 from transfer_cli.data.inputs import Extracted
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
-from transfer_cli.methods.base import Context, Fitted, Method, Needs
+from transfer_cli.methods.base import Context, Method, Needs
+from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.heads.base import Head
 from transfer_cli.methods.phases import ClosedForm, Features, FeatureTask
 from transfer_cli.methods.preprocessing import Preprocessing

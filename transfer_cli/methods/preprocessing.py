@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from transfer_cli.errors import TransferError, check_choice
-from transfer_cli.methods.base import FeatureOptions, Fitted
+from transfer_cli.methods.base import FeatureOptions
+from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.math.logistic import standardising
 from transfer_cli.methods.math.nmf import encode, factorise
 from transfer_cli.methods.math.principal import principal_components

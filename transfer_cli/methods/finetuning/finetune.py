@@ -14,8 +14,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from transfer_cli.backbones.base import Backbone
-from transfer_cli.methods.base import Context, Fitted, Needs, NetworkMethod
+from transfer_cli.methods.base import Context, Needs, NetworkMethod
 from transfer_cli.methods.finetuning.linear_probe import joined
+from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
 from transfer_cli.methods.phases import Batch, ClosedForm, FeatureTask, Gradient, Losses, Moves, Phase, Progress, Update
 

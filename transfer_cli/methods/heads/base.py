@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
-from transfer_cli.methods.base import Fitted
+from transfer_cli.methods.fitted import Fitted
 
 
 class Head(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_cli.errors import TransferError
-from transfer_cli.methods.base import Fitted
+from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.math.eigen import range_of
 
 Kernel = Literal["linear", "rbf"]
