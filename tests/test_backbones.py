@@ -421,3 +421,25 @@ def test_weights_come_before_freezing(tmp_path: Path) -> None:
     torch.save(trained.state_dict(), path)
     backbone = mlp(weights=str(path), freeze="up-to-layer1")
     assert same(backbone, trained) and frozen_names(backbone) == {"layers.0.0.weight", "layers.0.0.bias"}
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"), [("resnet18", "layer2"), ("vit_b_32", "encoder.encoder_layer_1"), ("vgg11", "features.7")]
+)
+def test_an_earlier_layer_gives_features(model: str, layer: str) -> None:
+    side = 224 if model.startswith("vit") else 64
+    backbone = Torchvision(image(side), model=model, weights="none", layer=layer).eval()
+    seen: list[Tensor] = []
+    backbone.stages()[layer].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = backbone(x)
+    (output,) = seen
+    assert found.shape == (2, backbone.out_features)
+    torch.testing.assert_close(found, output.mean((2, 3)) if output.ndim == 4 else output[:, 0])
+    assert set(backbone.state_dict()) == set(Torchvision(image(side), model=model, weights="none").state_dict())
+
+
+def test_a_wrong_layer_names_those_there_are() -> None:
+    with pytest.raises(TransferError, match=r"backbone.layer must be one of .*layer3.* Did you mean 'layer4'"):
+        Torchvision(image(64), model="resnet18", weights="none", layer="layer5")

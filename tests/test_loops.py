@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,8 @@ from conftest import SMALL, Outcome
 from PIL import Image
 from torch import nn
 
+from transfer_cli.data import batching
+from transfer_cli.data.inputs import ImageFiles
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.metrics_log import StepRecord
 from transfer_cli.loops.optimizers import sgd
@@ -116,3 +123,42 @@ def test_a_truncated_image_is_skipped_and_counted_if_allowed(transfer: Transfer,
     outcome = transfer("run", *pictures, "source.skip_unreadable=true", "target.skip_unreadable=true")
     assert outcome.code == 0, outcome.err
     assert "1 unreadable image skipped: dark/7.png" in outcome.out
+
+
+def test_a_signal_that_finds_workers_starting_does_not_kill_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Between its fork and its own word on signals a worker would die of one sent to the whole group."""
+    for i in range(8):
+        Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    inputs = ImageFiles([str(tmp_path / f"{i}.png") for i in range(8)], size=8)
+    own = batching._own_signals
+
+    def late(worker: int) -> None:
+        time.sleep(0.5)
+        own(worker)
+
+    monkeypatch.setattr(batching, "_own_signals", late)
+    before = set(multiprocessing.active_children())
+
+    def strike() -> None:
+        for worker in set(multiprocessing.active_children()) - before:
+            os.kill(worker.pid or 0, signal.SIGTERM)
+
+    with closing(batching._loader(inputs, torch.arange(8).split(2), 2, False)) as batches:
+        threading.Timer(0.2, strike).start()
+        assert [len(x) for _, x in batches] == [2, 2, 2, 2]
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_workers_left_by_a_failed_start_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(multiprocessing.active_children())
+
+    def start_one_and_fail(loader: object) -> None:
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()
+        raise RuntimeError("a worker died")
+
+    monkeypatch.setattr(batching.DataLoader, "__iter__", start_one_and_fail)
+    with pytest.raises(RuntimeError, match="a worker died"):
+        batching._started(batching.DataLoader([1]))  # type: ignore[arg-type]
+    assert set(multiprocessing.active_children()) <= before

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def in_a_child(arguments: list[str], seconds: float, number: int) -> int:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_whole_process_group_saves_too(
-    transfer: Transfer, folder_of_images: list[str], number: int, code: int
+    tmp_path: Path, transfer: Transfer, folder_of_images: list[str], number: int, code: int
 ) -> None:
     """A scheduler's SIGTERM, like Ctrl-C, reaches the loader's workers as well."""
     chosen = [
@@ -235,11 +236,15 @@ def test_a_signal_to_the_whole_process_group_saves_too(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         assert process.stdout is not None and process.stderr is not None
-        while "labelled source" not in process.stdout.readline():
-            pass
-        time.sleep(1.0)  # until its workers work
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not [p for p in tmp_path.rglob("metrics.jsonl") if p.stat().st_size]:
+            time.sleep(0.05)  # until its workers work
         os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code, err
     assert "stopped and saved" in out and err == ""
 

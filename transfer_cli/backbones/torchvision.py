@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from transfer_cli.backbones.base import Backbone
 from transfer_cli.backbones.weights import load_into, load_state
 from transfer_cli.data.inputs import InputSpec
-from transfer_cli.errors import TransferError, suggest
+from transfer_cli.errors import TransferError, check_choice, suggest
 from transfer_cli.registry import FilePath
 from transfer_cli.torchvision_compat import models
+
+
+class _Reached(Exception):
+    """Carries a stage's output out of the network."""
+
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -29,6 +34,8 @@ class Torchvision(Backbone):
         freeze: `none`, `all` or `up-to-<stage>`.
         batchnorm: `train`, or `frozen`: the weights' own statistics, as small target sets and folded weights want.
         stem: `imagenet`, or `small`: stride 1 and no pooling at the entrance, for inputs of about 32 pixels.
+        layer: the stage whose output is taken for features (null: the last), averaged over positions;
+            of a transformer the class token.
         mean, std, order: the input normalisation of the weights, on [0, 1] intensities; null takes ImageNet's.
     """
 
@@ -46,6 +53,7 @@ class Torchvision(Backbone):
         freeze: str = "none",
         batchnorm: Literal["train", "frozen"] = "train",
         stem: Literal["imagenet", "small"] = "imagenet",
+        layer: str | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
         order: Literal["rgb", "bgr"] = "rgb",
@@ -65,6 +73,13 @@ class Torchvision(Backbone):
         self._load(model, weights, head)
         self.register_buffer("mean", torch.tensor(mean or self._published("mean", IMAGENET_MEAN)).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std or self._published("std", IMAGENET_STD)).view(1, 3, 1, 1))
+        self.layer = layer
+        if layer is not None:
+            check_choice(layer, self.stages(), "backbone.layer")
+            with torch.no_grad():
+                training = self.model.training
+                self.out_features = self.eval()(torch.zeros(1, *spec.shape)).shape[1]
+                self.train(training)
         self.freeze(freeze)
         if batchnorm == "frozen":
             self._frozen += [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -72,7 +87,26 @@ class Torchvision(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         if self.flip:
             x = x.flip(1)
-        return self.model((x - self.mean) / self.std).flatten(1)
+        x = (x - self.mean) / self.std
+        return self.model(x).flatten(1) if self.layer is None else self._until(self.layer, x)
+
+    def _until(self, layer: str, x: Tensor) -> Tensor:
+        """The stage's output as `(B, D)`; what comes after it is not computed."""
+
+        def stop(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            raise _Reached(output)
+
+        handle = self.stages()[layer].register_forward_hook(stop)
+        try:
+            self.model(x)
+        except _Reached as reached:
+            output: Tensor = reached.args[0]
+            if output.ndim == 4:
+                return output.mean((2, 3))
+            return output[:, 0] if output.ndim == 3 else output.flatten(1)
+        finally:
+            handle.remove()
+        raise TransferError(f"backbone.layer={layer} is not on the way from input to output.")
 
     def stages(self) -> dict[str, nn.Module]:
         stages: dict[str, nn.Module] = {}

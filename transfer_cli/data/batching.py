@@ -5,6 +5,7 @@ of workers, and sees the batches it would have seen. Each pass over the data is 
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -118,11 +119,35 @@ class _Decoded(Dataset[Any]):
         return self.inputs.batch(torch.tensor(indices))
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
 def _own_signals(worker: int) -> None:
     """A signal to the whole process group (Ctrl-C, a scheduler's SIGTERM) is the run's to handle: it saves and then stops its
     workers, which must not die first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # what came since the fork is ignored too
+
+
+def _started(loader: DataLoader[Any]) -> Any:
+    """The loader's iterator, its workers at work. Signals wait meanwhile: they would kill a worker that cannot ignore them yet."""
+    there, before = set(multiprocessing.active_children()), signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        return iter(loader)
+    except BaseException:
+        _end(set(multiprocessing.active_children()) - there)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(workers: Iterable[Any]) -> None:
+    """They ignore the signal with which Python would end them when the process does, and it would wait for them for ever."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 def _loader(
@@ -149,7 +174,7 @@ def _loader(
         generator=torch.Generator(),  # the loader draws a number on start; not from the run's own stream
         worker_init_fn=_own_signals,
     )
-    samples = iter(loader)
+    samples = _started(loader)
     try:
         for x in samples:  # in the order in which they were sent
             yield sent.popleft(), x
@@ -161,7 +186,8 @@ def _loader(
     finally:
         # An exception's traceback would keep the workers until the process ends, and then complain of them.
         if workers:
-            samples._shutdown_workers()  # type: ignore[attr-defined]
+            samples._shutdown_workers()
+            _end(samples._workers)
 
 
 def in_order(
