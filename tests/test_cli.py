@@ -280,3 +280,27 @@ def test_completion(tmp_path: Path, line: str, offered: str) -> None:
     shown = in_a_process("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line)
     assert offered in shown.stdout.split(), shown.stderr
     assert shown.stderr == ""
+
+
+def test_predict_takes_a_data_set_of_ones_own_and_says_what_it_cannot_do(transfer: Transfer, tmp_path: Path) -> None:
+    run = str(transfer("run", *SMALL).run)
+    (tmp_path / "conf" / "dataset").mkdir(parents=True)
+    (tmp_path / "conf" / "dataset" / "more.yaml").write_text("defaults: [synth_digits]\nname: more\nn_test: 20\n")
+    predicted = transfer("predict", run, "--dataset", "more", "n=40")
+    assert predicted.code == 0 and len(predicted.out.splitlines()) == 1 + 20, predicted.err
+    for arguments, said in (
+        ([run, "--dataset", "mor"], "no target named 'mor'. Did you mean 'more'?"),
+        ([run, "--dataset", "digits", "nn=3"], "no key 'target.nn'"),
+        ([run, "--dataset", "digits", "extra"], "'extra' is not key=value; the run's folder comes before --dataset"),
+        ([run, "nowhere.png"], "there is no image nowhere.png"),
+        ([run, "--dataset", "digits", "--output", "no/such/folder.csv"], "--output no/such/folder.csv: No such file"),
+    ):
+        outcome = transfer("predict", *arguments)
+        assert outcome.code == 2 and said in outcome.err and len(outcome.err.splitlines()) == 1, outcome.err
+
+
+def test_a_sweep_names_the_runs_that_failed(transfer: Transfer) -> None:
+    outcome = transfer("run", "-m", *SMALL, "method=source_only,finetune", "trainer.steps=10")
+    assert outcome.code == 2
+    said = outcome.err.splitlines()
+    assert any("1 of the sweep's runs failed" in line for line in said) and "method=finetune" in said[-1]
