@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transfer_cli.errors import TransferError, check_choice
+from transfer_cli.errors import check_choice
 from transfer_cli.methods.base import FeatureOptions
 from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.math.logistic import standardising
@@ -78,12 +78,3 @@ def unit_rows(x: Tensor) -> Tensor:
     """Rows `(N, D)` scaled to length one; a zero row stays."""
     norms = x.norm(dim=1, keepdim=True)
     return x / torch.where(norms > 0, norms, 1.0)
-
-
-def check_components(k: int, x: Tensor, key: str) -> None:
-    """Raises:
-    TransferError: more components than samples or features."""
-    if not 1 <= k <= min(x.shape):
-        raise TransferError(
-            f"{key}={k} must be between 1 and {min(x.shape)}: there are {len(x)} samples of {x.shape[1]} features."
-        )

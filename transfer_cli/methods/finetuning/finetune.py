@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from transfer_cli.backbones.base import Backbone
 from transfer_cli.methods.base import Context, Needs, NetworkMethod
-from transfer_cli.methods.finetuning.linear_probe import joined
+from transfer_cli.methods.feature_method import share
 from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
 from transfer_cli.methods.phases import Batch, ClosedForm, FeatureTask, Gradient, Losses, Moves, Phase, Progress, Update
@@ -76,7 +76,9 @@ class FineTune(NetworkMethod):
 
     def fit_head(self, task: FeatureTask) -> None:
         assert task.target_labelled is not None
-        x, y, weights = joined([task.target_labelled])
+        x, y = task.target_labelled.x, task.target_labelled.y
+        assert y is not None
+        weights = share(x, None)
         if self.network.kind == "classification":
             w, b = fit_logistic(x, y, self.network.head.out_features, self.head_l2, weights)
         else:

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Context, Needs
 from transfer_cli.methods.feature_method import FeatureMethod
 from transfer_cli.methods.heads.logistic import Logistic
 from transfer_cli.methods.heads.ridge import Ridge
-from transfer_cli.methods.phases import ClosedForm, Features, FeatureTask
+from transfer_cli.methods.phases import ClosedForm, FeatureTask
 
 
 class LinearProbe(FeatureMethod):
@@ -43,10 +40,3 @@ class LinearProbe(FeatureMethod):
         assert isinstance(self.head, Logistic | Ridge)  # which averages over the domains; the formula sums over them
         self.head.l2 = self.l2 / sum(part is not None for part in (task.source, task.target_labelled))
         super().fit_head(task)
-
-
-def joined(parts: list[Features]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, labels and weights of several parts, each part weighing the same in all."""
-    labels = [p.y for p in parts if p.y is not None]
-    weights = [torch.full((len(p.x),), 1 / len(p.x), dtype=torch.float64, device=p.x.device) for p in parts]
-    return torch.cat([p.x for p in parts]), torch.cat(labels), torch.cat(weights)
