@@ -9,6 +9,7 @@ from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
+import feature_tasks
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as SkRidge
 from torch import Tensor
 
-from transfer_cli.backbones.vectors import Identity
-from transfer_cli.data.inputs import InputSpec
 from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.baseline.no_adaptation import NoAdaptation
@@ -44,22 +43,10 @@ with warnings.catch_warnings():
 def context(
     width: int = 2, head: Callable[[], Head] | None = None, kind: str = "classification", classes: int = 2
 ) -> Context:
-    outputs = classes if kind == "classification" else 1
-    default: Callable[[], Head] = (
-        (lambda: Logistic(kind, outputs)) if kind == "classification" else (lambda: Ridge(kind, outputs))
-    )
-    return Context(
-        backbone=Identity(InputSpec("vector", (width,))),
-        feature_dim=width,
-        kind=kind,
-        num_classes=classes if kind == "classification" else 0,
-        source_classes=classes if kind == "classification" else 0,
-        has_source=True,
-        has_target_labels=True,
-        source_labels_fit_head=True,
-        target_width=0 if kind == "classification" else 1,
-        make_head=head or default,
-    )
+    if kind == "regression":
+        return feature_tasks.regression(width, has_target_labels=True, make_head=head or (lambda: Ridge(kind, 1)))
+    make_head = head or (lambda: Logistic(kind, classes))
+    return feature_tasks.context(width, classes, has_target_labels=True, make_head=make_head)
 
 
 def normal(n: int, width: int, seed: int) -> Tensor:

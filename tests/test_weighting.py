@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import feature_tasks
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,6 @@ from scipy.optimize import linprog, minimize
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from transfer_cli.backbones.vectors import Identity
-from transfer_cli.data.inputs import InputSpec
 from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.baseline.no_adaptation import NoAdaptation
@@ -35,18 +34,9 @@ METHODS: list[type[FeatureMethod]] = [KMM, KLIEP, DensityRatio]
 
 
 def context(width: int, head: Callable[[], Head], kind: str = "classification", classes: int = 2) -> Context:
-    return Context(
-        backbone=Identity(InputSpec("vector", (width,))),
-        feature_dim=width,
-        kind=kind,
-        num_classes=classes if kind == "classification" else 0,
-        source_classes=classes if kind == "classification" else 0,
-        has_source=True,
-        has_target_labels=False,
-        source_labels_fit_head=True,
-        target_width=0 if kind == "classification" else 1,
-        make_head=head,
-    )
+    if kind == "regression":
+        return feature_tasks.regression(width, make_head=head)
+    return feature_tasks.context(width, classes, make_head=head)
 
 
 def classifier(width: int = 2) -> Context:
