@@ -29,13 +29,15 @@ def images(n: int = N, size: int = 6) -> ArrayInputs:
 
 
 def stream(inputs: Inputs | None = None, labels: Tensor | None = None, **changes: Any) -> Stream:
+    if "augment" in changes:
+        changes["views"] = [changes.pop("augment")]
     options: dict[str, Any] = {"name": "source", "batch_size": B, "seed": 0, "device": CPU, **changes}
     return Stream(images() if inputs is None else inputs, torch.arange(N) if labels is None else labels, **options)
 
 
 def take(n: int, start: int = 0, **changes: Any) -> list[tuple[Tensor, Tensor]]:
     iterator = stream(**changes).iterate(start)
-    out = list(islice(iterator, n))
+    out = [(views[0], y) for views, y in islice(iterator, n)]
     iterator.close()  # type: ignore[attr-defined]
     return out
 
@@ -60,7 +62,7 @@ def test_inputs_and_labels_stay_together() -> None:
 
 def test_a_stream_without_labels_gives_none() -> None:
     unlabelled = Stream(images(), None, name="target", batch_size=B, seed=0, device=CPU)
-    x, y = next(unlabelled.iterate(0))
+    (x,), y = next(unlabelled.iterate(0))
     assert y is None and x.shape == (B, 3, 6, 6)
 
 
@@ -131,10 +133,23 @@ def test_augmentation_is_repeatable_and_new_at_every_step() -> None:
     assert len({tuple(x.flatten().tolist()) for x in others}) == 9, "each step, stream and seed has noise of its own"
 
 
-def test_only_images_are_augmented() -> None:
+def test_vectors_get_noise_and_no_geometry() -> None:
     vectors = ArrayInputs(torch.randn(N, 4))
-    x, y = take(1, inputs=vectors, augment=Augment(noise=1.0))[0]
+    x, y = take(1, inputs=vectors, augment=Augment(rotate=10.0, contrast=0.5))[0]
     assert torch.equal(x, vectors.values[y])
+    many = ArrayInputs(torch.zeros(B, 5000))
+    x, _ = take(1, inputs=many, labels=torch.arange(B), augment=Augment(noise=0.3))[0]
+    assert abs(float(x.std()) - 0.3) < 0.01 and abs(float(x.mean())) < 0.01
+
+
+def test_views_of_a_batch_are_of_the_same_samples_and_differ() -> None:
+    grey = ArrayInputs(torch.full((B, 1, 4, 4), 128, dtype=torch.uint8))
+    noisy = Augment(noise=0.1)
+    views, y = next(stream(grey, torch.arange(B), views=[noisy, None, noisy]).iterate(3))
+    assert len(views) == 3 and torch.equal(views[1], torch.full_like(views[1], 128 / 255))
+    assert not torch.equal(views[0], views[2])
+    (alone,), same = next(stream(grey, torch.arange(B), views=[noisy]).iterate(3))
+    assert torch.equal(alone, views[0]) and torch.equal(y, same), "the first view is what it is without the others"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -159,7 +174,7 @@ def test_draws_from_the_global_generator_change_no_batch(files: ImageFiles) -> N
     iterator = stream(files, augment=Augment(noise=0.1)).iterate(0)
     for x, _ in wanted:
         torch.rand(3)
-        assert torch.equal(next(iterator)[0], x)
+        assert torch.equal(next(iterator)[0][0], x)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

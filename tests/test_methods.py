@@ -24,7 +24,6 @@ from transfer_cli.methods.adversarial.dann import DANN
 from transfer_cli.methods.adversarial.gradient_reversal import (
     DomainDiscriminator,
     domain_loss,
-    ramp,
     reverse_gradient,
 )
 from transfer_cli.methods.base import Context, Network, NetworkMethod
@@ -34,6 +33,7 @@ from transfer_cli.methods.finetuning.finetune import FineTune
 from transfer_cli.methods.finetuning.linear_probe import LinearProbe
 from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
+from transfer_cli.methods.math.ramps import ramp
 from transfer_cli.methods.phases import (
     ALL_PARTS,
     Batch,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from transfer_cli.build import Components, Problem, pair_label
+from transfer_cli.config.identity import method_label
 from transfer_cli.config.schema import Config
 
 
@@ -14,7 +15,7 @@ def opening_lines(
 ) -> list[str]:
     parameters = sum(p.numel() for p in method.parameters())
     size = f"{parameters / 1e6:.1f} M" if parameters >= 5e4 else f"{parameters:,}"
-    backbone, name = components["backbone"].name, components["method"].name
+    backbone, name = components["backbone"].name, method_label(components)
     lines = [f"{pair_label(components)}    {backbone} ({size} parameters)    {name}    seed {config.seed}    {device}"]
     task, heldout = problem.task, problem.heldout
     counts = []

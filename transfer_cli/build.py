@@ -25,6 +25,7 @@ from transfer_cli.loops.console import Console
 from transfer_cli.loops.gradient import AUTOCAST
 from transfer_cli.loops.rng import seed_all
 from transfer_cli.methods.base import Context, FeatureOptions, Method
+from transfer_cli.methods.chain import Chain
 from transfer_cli.registry import Component
 from transfer_cli.run_folder import RunFolder, read_json
 
@@ -77,21 +78,29 @@ def pose_problem(config: Config, components: Components, fingerprints: Mapping[s
 
 
 def build_method(
-    config: Config, components: Components, shape: TaskShape, device: torch.device, labels: Tensor | None = None
+    config: Config,
+    components: Components,
+    shape: TaskShape,
+    device: torch.device,
+    labels: Tensor | None = None,
+    trained: bool = False,
 ) -> Method:
     """The method on its backbone, freshly initialised from the run's seed.
 
     `labels` `(N, T)`: those of a regression task's training samples, for standardisation; without them (a method that
-    is about to load a checkpoint) placeholders.
+    is about to load a checkpoint) placeholders. `trained`: it is, and needs nothing to train on.
 
     Raises:
         TransferError: the task lacks what the method needs.
     """
-    check_needs(components["method"], shape)
+    chosen = [components[group] for group in ("method", "then") if group in components]
+    for component in chosen:
+        check_needs(component, shape, trained or config.source_model is not None)
     seed_all(derive_seed(config.seed, "initialisation"), torch.device("cpu"))
     backbone = build_checked(components["backbone"].build, shape.input, components["backbone"].name)
     if labels is None and shape.kind == "regression":
         labels = torch.zeros(2, shape.target_width)
+    source_model = None if config.source_model is None else read_source_model(config.source_model, shape)
     context = Context(
         backbone=backbone,
         feature_dim=backbone.out_features,
@@ -104,16 +113,20 @@ def build_method(
         target_width=shape.target_width,
         label_mean=None if labels is None else labels.mean(0),
         label_std=None if labels is None else labels.std(0, correction=0).clamp_min(1e-8),
+        label_space=shape.label_space.setting,
         bottleneck=config.bottleneck,
         domain_batches=config.trainer.domain_batches,
         features=FeatureOptions(
             tuple(config.features.normalise), config.features.reduce, config.features.components, config.features.whiten
         ),
+        source_model=source_model,
     )
     if "head" in components:
         make_head = components["head"].build
         context = replace(context, make_head=lambda: make_head(context.kind, context.outputs))
-    method: Method = components["method"].build(context)
+    method: Method = chosen[0].build(context)
+    if len(chosen) > 1:
+        method = Chain(method, chosen[1].build(replace(context, source_model=None)))
     method.to(device)
     if config.trainer.channels_last:
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -141,8 +154,9 @@ def extract_features(
 
 
 def _works_on_features(components: Components) -> bool:
-    method, backbone = components["method"].implementation, components["backbone"].implementation
-    return method.frozen_backbone and not backbone.trivial  # type: ignore[attr-defined]
+    methods = [components[group].implementation for group in ("method", "then") if group in components]
+    frozen = all(method.frozen_backbone for method in methods)  # type: ignore[attr-defined]
+    return frozen and not components["backbone"].implementation.trivial  # type: ignore[attr-defined]
 
 
 def _with_origin(domain: Domain, component: Component, fingerprint: str) -> Domain:
@@ -189,17 +203,43 @@ def rebuild_method(
     backbone = components["backbone"]
     if "weights" in backbone.parameters:  # the checkpoint has them; the file they came from may be gone
         backbone = replace(backbone, parameters={**backbone.parameters, "weights": "none"})
-    method = build_method(config, {**components, "backbone": backbone}, shape, device)
+    config = replace(config, source_model=None)  # nor is what training started from needed
+    method = build_method(config, {**components, "backbone": backbone}, shape, device, trained=True)
     method.load_state_dict(kept["method"])
     return method, shape
 
 
-def check_needs(method: Component, shape: TaskShape) -> None:
+def read_source_model(path: str, shape: TaskShape) -> dict[str, Tensor]:
+    """The network of another run's checkpoint.
+
+    Raises:
+        TransferError: no such checkpoint, none of a network, or one of other classes.
+    """
+    kept = read_checkpoint(Path(path))
+    if kept is None:
+        raise TransferError(f"source_model: {path} is missing or not a whole checkpoint.")
+    network = {k.removeprefix("network."): v for k, v in kept.get("method", {}).items() if k.startswith("network.")}
+    if not network:
+        raise TransferError(f"source_model: {path} holds no network: take a run of a method that trains one.")
+    classes, wanted = TaskShape.restore(kept["task"]).label_space.classes, shape.label_space.classes
+    if classes != wanted:
+        raise TransferError(
+            f"source_model: {path} predicts {len(classes)} other classes than this task's {len(wanted)}."
+        )
+    return network
+
+
+def check_needs(method: Component, shape: TaskShape, has_source_model: bool = False) -> None:
     """Raises:
     TransferError: naming what is missing and the key that would bring it."""
     needs = method.implementation.needs  # type: ignore[attr-defined]
     if shape.kind not in method.implementation.kinds:  # type: ignore[attr-defined]
         raise TransferError(f"method {method.name} does not do {shape.kind}.")
+    if needs.source_labels_or_model and not shape.source_labels_fit_head and not has_source_model:
+        raise TransferError(
+            f"method {method.name} needs a labelled source with the target's classes, or the model of one: set source=NAME, "
+            "or source_model=RUN, the folder of a run that trained one."
+        )
     if needs.source_labels and not shape.has_source:
         raise TransferError(f"method {method.name} needs a labelled source: set source=NAME.")
     if needs.source_labels and not shape.source_labels_fit_head:

@@ -20,8 +20,8 @@ import yaml
 
 from transfer_cli import __version__
 from transfer_cli.build import Components
-from transfer_cli.config.identity import MACHINERY_VERSION, Identity, label
-from transfer_cli.config.schema import Config
+from transfer_cli.config.identity import MACHINERY_VERSION, Identity, label, method_label
+from transfer_cli.config.schema import OPTIONAL_COMPONENTS, Config
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.session import Session
 from transfer_cli.run_folder import RESULT_SCHEMA, RunFolder, read_json, write_atomically, write_json
@@ -42,7 +42,7 @@ def prepare(
     for leftover in folder.path.rglob("*.tmp"):
         leftover.unlink()
     kept = {**asdict(config), "force": False, "retry_failed": False}  # words to one start, not to the run
-    kept["head"] = config.head if "head" in components else {}
+    kept |= {group: {} for group in OPTIONAL_COMPONENTS if group not in components}
     write_atomically(folder.config, yaml.safe_dump(kept, sort_keys=False).encode())
     if not folder.manifest.exists():
         write_json(
@@ -117,7 +117,7 @@ def write_result(
         "source": label(components.get("source")),
         "target": label(components["target"]),
         "backbone": components["backbone"].name,
-        "method": components["method"].name,
+        "method": method_label(components),
         "seed": config.seed,
         "data_seed": config.data_seed,
         "kind": task.kind,

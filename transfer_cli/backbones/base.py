@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -79,6 +79,10 @@ class Backbone(nn.Module):
             for parameter in parameters[name]:
                 parameter.requires_grad_(False)
             module.eval()
+
+    def keep_frozen(self, copies: Mapping[nn.Module, nn.Module]) -> None:
+        """What is frozen alone (`batchnorm=frozen`) stays so in a copy that stands beside it."""
+        self._frozen += [copies[module] for module in self._frozen if module in copies]
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)

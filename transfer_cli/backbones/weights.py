@@ -46,7 +46,13 @@ def load_state(path: str) -> dict[str, Tensor]:
     return state
 
 
-def load_into(module: nn.Module, state: dict[str, Tensor], path: str, ignored: tuple[str, ...] = ()) -> None:
+def load_into(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    path: str,
+    ignored: tuple[str, ...] = (),
+    key: str = "backbone.weights",
+) -> None:
     """Load, and report every key that does not match; keys that begin with one of `ignored` (a removed head) may be left over.
 
     Raises:
@@ -63,5 +69,6 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str, ignored: t
         if keys
     ]
     if problems:
-        raise TransferError(f"backbone.weights: {path} does not fit this backbone: {'; '.join(problems)}.")
+        what = "backbone" if key == "backbone.weights" else "network"
+        raise TransferError(f"{key}: {path} does not fit this {what}: {'; '.join(problems)}.")
     module.load_state_dict(state, strict=False)

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from transfer_cli.config.schema import COMPONENTS, Config, check
+from transfer_cli.config.schema import COMPONENTS, OPTIONAL_COMPONENTS, Config, check
 from transfer_cli.errors import TransferError, suggest
 from transfer_cli.registry import Component, component, find_plugin
 from transfer_cli.run_folder import RunFolder
@@ -33,6 +33,8 @@ def typed(composed: DictConfig | dict[str, Any]) -> Config:
         key = getattr(error, "full_key", None) or getattr(error, "key", None)
         raise TransferError(f"{key}: {str(error.msg or error).splitlines()[0]}") from error
     assert isinstance(config, Config)
+    if config.source_model is not None:
+        config.source_model = _checkpoint(config.source_model)
     check(config)
     return config
 
@@ -59,23 +61,42 @@ def load_run(path: str) -> tuple[RunFolder, Config]:
 
 
 def resolve_components(config: Config) -> dict[str, Component]:
-    """Each group's choice, checked against its implementation's signature; left out are `source` where it is none, and
-    `head` where the method has no use for it."""
+    """Each group's choice, checked against its implementation's signature; left out are `source` and `then` where they are
+    none, and `head` and `strong` where no method has a use for them."""
     for plugin in config.plugins:
         find_plugin(plugin)
     nodes = {group: getattr(config, group) for group in COMPONENTS}
-    if not (nodes["source"] or {}).get("implementation"):
-        del nodes["source"]
+    for group in ("source", "then"):
+        if not (nodes[group] or {}).get("implementation"):
+            del nodes[group]
     for group in COMPONENTS:
-        if group not in ("source", "head") and not nodes[group]:
+        if group not in OPTIONAL_COMPONENTS and not nodes[group]:
             raise TransferError(f"no {group} is chosen: set {group}=NAME. `transfer list {group}` shows all.")
     if not nodes["target"].get("implementation"):
         raise TransferError("a run needs a target: set target=NAME. `transfer list dataset` shows all.")
-    head = nodes.pop("head")
+    used = {group: nodes.pop(group) for group in ("head", "strong")}
     components = {group: component(group, node, config.plugins) for group, node in nodes.items()}
-    if getattr(components["method"].implementation, "uses_head", False):
-        components["head"] = component("head", head, config.plugins)
+    methods = [components[group].implementation for group in ("method", "then") if group in components]
+    for group, node in used.items():
+        if any(getattr(method, f"uses_{group}", False) for method in methods):
+            components[group] = component(group, node, config.plugins)
     return components
+
+
+def _checkpoint(path: str) -> str:
+    """The checkpoint that a run's folder stands for.
+
+    Raises:
+        TransferError: there is no such file.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / "checkpoints" / "best.pt"
+    if not file.is_file():
+        raise TransferError(
+            f"source_model: there is no checkpoint {file}; it is a run's folder, or its checkpoints/best.pt."
+        )
+    return str(file)
 
 
 def data_root(config: Config) -> Path | None:

@@ -90,6 +90,10 @@ def _store_schema(folders: Sequence[Path]) -> None:
     for name in names_in("dataset", folders):
         for group in ("source", "target"):
             store.store(group=group, name=name, node={"defaults": [{"/dataset@_here_": name}]})
+    store.store(group="then", name="none", node={})
+    for group, choices in (("then", "method"), ("strong", "augment")):
+        for name in names_in(choices, folders):
+            store.store(group=group, name=name, node={"defaults": [{f"/{choices}@_here_": name}]})
     own_backbones = names_in("backbone", folders)
     for name in TORCHVISION_NAMES:
         if name not in own_backbones:

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer_cli.config.schema import COMPONENTS, OUTSIDE_IDENTITY, Config
+from transfer_cli.config.schema import COMPONENTS, FILES, OUTSIDE_IDENTITY, Config
 from transfer_cli.registry import PACKAGE, Component, keyword_schema, names_a_file
 
 MACHINERY_VERSION = 1  # raised when the splits, loops or metrics change the numbers of every run
@@ -40,7 +40,12 @@ def identify(config: Config, components: Mapping[str, Component]) -> Identity:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     pair = f"{label(components.get('source'))}-{label(components['target'])}"
-    return Identity(pair, f"{components['method'].name}-seed{config.seed}-{digest}", digest)
+    return Identity(pair, f"{method_label(components)}-seed{config.seed}-{digest}", digest)
+
+
+def method_label(components: Mapping[str, Component]) -> str:
+    """`dann`, or `simclr+linear_probe` where one follows another."""
+    return "+".join(components[group].name for group in ("method", "then") if group in components)
 
 
 def label(dataset: Component | None) -> str:
@@ -79,7 +84,7 @@ def _differences(config: Any, defaults: Any, prefix: str = "") -> dict[str, Any]
         if is_dataclass(value):
             changed.update(_differences(value, getattr(defaults, field.name), key + "."))
         elif _plain(value) != _plain(getattr(defaults, field.name)):
-            changed[key] = _plain(value)
+            changed[key] = _content(value) if key in FILES else _plain(value)
     return changed
 
 

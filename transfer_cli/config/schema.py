@@ -15,7 +15,7 @@ PROTOCOLS = ("inductive", "transductive")
 LABEL_SPACES = ("closed", "partial", "open", "separate")
 PRECISIONS = ("32", "bf16", "16")
 STORAGE = ("auto", "memory", "files", "decoded")
-DOMAIN_BATCHES = ("joint", "separate")
+DOMAIN_BATCHES = ("joint", "separate", "domain_specific")
 
 
 @dataclass
@@ -70,7 +70,8 @@ class Trainer:
     channels_last: bool = False
     compile: bool = False
     ema: float | None = None  # decay of the average of weights that is evaluated and kept
-    domain_batches: str = "separate"  # joint: one forward over both domains (shared BatchNorm statistics) | separate
+    # joint: one forward over both domains (shared BatchNorm statistics) | separate | domain_specific: BatchNorm layers of each
+    domain_batches: str = "separate"
 
 
 @dataclass
@@ -79,9 +80,11 @@ class Config:
     target: dict[str, Any] = field(default_factory=dict)
     backbone: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
+    then: dict[str, Any] = field(default_factory=dict)  # a second method, on the backbone that the first has trained
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     augment: dict[str, Any] = field(default_factory=dict)
+    strong: dict[str, Any] = field(default_factory=dict)  # the augmentation of strong views
     head: dict[str, Any] = field(default_factory=dict)
     trainer: Trainer = field(default_factory=Trainer)
     features: Features = field(default_factory=Features)
@@ -91,6 +94,7 @@ class Config:
     protocol: str = "inductive"
     label_space: str = "closed"
     target_labels: Any = 0  # 0 | N (per class; in regression N in all) | all
+    source_model: str | None = None  # a run's folder or its best.pt: the network that training starts from
     bottleneck: int | None = None  # width of a layer between backbone and head
     selection: str = (
         "auto"  # the validator that chooses the checkpoint: auto (im, or source_val in regression), last, oracle, ...
@@ -109,7 +113,9 @@ class Config:
     plugins: list[str] = field(default_factory=list)
 
 
-COMPONENTS = ("source", "target", "backbone", "method", "optimizer", "schedule", "augment", "head")
+COMPONENTS = ("source", "target", "backbone", "method", "then", "optimizer", "schedule", "augment", "strong", "head")
+OPTIONAL_COMPONENTS = ("source", "then", "strong", "head")  # of which a run may have none
+FILES = ("source_model",)  # keys that name files, which enter a run's identity by content
 OUTSIDE_IDENTITY = (
     "outputs",
     "data_root",

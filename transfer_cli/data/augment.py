@@ -28,7 +28,7 @@ class Augment:
         crop_ratio: largest aspect ratio of that crop.
         elastic: largest displacement of a smooth random field (4 x 4 knots, bicubic), as a share of half the side.
         brightness, contrast, saturation: largest relative change.
-        noise: standard deviation of Gaussian noise, on [0, 1] intensities.
+        noise: standard deviation of Gaussian noise, on [0, 1] intensities; of vectors, in their units.
         erase: probability of erasing a rectangle of up to a quarter of the area (Zhong et al. 2020).
         interpolation: of the one resampling; `bicubic` blurs small images less.
         padding: what lies outside the image: its `border` continued, `zeros` (black ground), or its `reflection`.
@@ -70,8 +70,14 @@ class Augment:
     def applies_to(self, domain: str) -> bool:
         return (self.geometric or self.photometric) and self.domains in ("both", domain)
 
+    def takes(self, kind: str) -> bool:
+        """Whether it changes inputs of the kind: images, or vectors, of which only `noise` has a meaning."""
+        return kind == "image" or (kind == "vector" and self.noise > 0)
+
     def __call__(self, images: Tensor, draw: torch.Generator) -> Tensor:
-        """`(B, C, H, W)` float in [0, 1] to the same."""
+        """`(B, C, H, W)` float in [0, 1] to the same; or vectors `(B, D)`, with noise."""
+        if images.ndim == 2:
+            return images + self.noise * torch.randn(images.shape, generator=draw).to(images, non_blocking=True)
         if self.geometric:
             theta = self._affine(len(images), draw).to(images.device, non_blocking=True)
             grid = F.affine_grid(theta, list(images.shape), align_corners=False)

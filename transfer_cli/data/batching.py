@@ -8,7 +8,7 @@ import hashlib
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -61,7 +61,7 @@ class Stream:
         batch_size: int,
         seed: int,
         device: torch.device,
-        augment: Augment | None = None,
+        views: Sequence[Augment | None] = (None,),
         workers: int = 0,
         channels_last: bool = False,
     ) -> None:
@@ -71,7 +71,7 @@ class Stream:
         # Small sets move to the device once, as they are kept (uint8).
         self.inputs = ArrayInputs(inputs.values.to(device)) if isinstance(inputs, ArrayInputs) else inputs
         self.labels = None if labels is None else labels.to(device)
-        self.augment = augment if augment and inputs.spec.kind == "image" else None
+        self.views = [augment if augment and augment.takes(inputs.spec.kind) else None for augment in views]
         self.batches_per_epoch = len(inputs) // batch_size
         self._index_device = device if isinstance(inputs, ArrayInputs) else torch.device("cpu")
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
@@ -85,8 +85,8 @@ class Stream:
             self._order = torch.randperm(len(self.inputs), generator=draw).to(self._index_device)
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
-    def iterate(self, start: int) -> Iterator[tuple[Any, Tensor | None]]:
-        """Inputs ready for the network and labels (or None), from batch `start` on."""
+    def iterate(self, start: int) -> Generator[tuple[list[Any], Tensor | None], None, None]:
+        """The views of each batch, ready for the network, and its labels (or None), from batch `start` on."""
         raw: Iterator[tuple[Tensor, Any]]
         if self.inputs.in_memory:
             raw = ((indices, self.inputs.batch(indices)) for indices in self._all_indices(start))
@@ -94,9 +94,13 @@ class Stream:
             raw = self._through_workers(start)
         for step, (indices, kept) in enumerate(raw, start):
             x: Any = to_model(kept, self.device, self.channels_last)
-            if self.augment is not None:
-                x = self.augment(x, torch.Generator().manual_seed(derive_seed(self.seed, self.name, "augment", step)))
-            yield x, None if self.labels is None else self.labels[indices.to(self.device, non_blocking=True)]
+            views = [x if augment is None else augment(x, self._draw(i, step)) for i, augment in enumerate(self.views)]
+            yield views, None if self.labels is None else self.labels[indices.to(self.device, non_blocking=True)]
+
+    def _draw(self, view: int, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(
+            derive_seed(self.seed, self.name, "augment", step, *([view] if view else []))
+        )
 
     def _all_indices(self, start: int) -> Iterator[Tensor]:
         step = start

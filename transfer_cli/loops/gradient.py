@@ -5,7 +5,7 @@ Knows no method. Nothing in a step waits for the device: losses are read once an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
@@ -18,10 +18,12 @@ from transfer_cli.data.batching import Stream
 from transfer_cli.data.domain import Part
 from transfer_cli.data.task import Unlabelled
 from transfer_cli.errors import TransferError
+from transfer_cli.loops.features import feature_task
 from transfer_cli.loops.metrics_log import StepRecord
 from transfer_cli.loops.rng import RandomState
 from transfer_cli.loops.session import Place, Session, steps_of, task_parts
-from transfer_cli.methods.phases import ALL_PARTS, Batch, Gradient, Labelled, Losses, Progress, Update
+from transfer_cli.methods.base import Method
+from transfer_cli.methods.phases import Batch, Gradient, Labelled, Losses, Moves, Progress, Update
 
 AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -31,23 +33,29 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
     steps = steps_of(phase, session)
     if place.start == 0 and phase.on_start is not None:
         phase.on_start()
-    optimizers = [_optimizer(update, session) for update in phase.updates]
+    optimizers = [_optimizer(update, session) if update.moves else None for update in phase.updates]
     scaler = torch.amp.GradScaler(session.device.type, enabled=trainer.precision == "16")
     record, losses = StepRecord(), set[str]()
-    phase_parts: dict[str, Any] = {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    phase_parts: dict[str, Any] = {f"optimizer{i}": o for i, o in enumerate(optimizers) if o is not None}
     phase_parts |= {"scaler": scaler, "record": record, "rng": RandomState(session.device)}
     batches = _batches(phase, session, place.start)
     checkpoints.register(**phase_parts)  # the generators last: nothing draws between here and the first step
-    stepper = _Stepper(session, scaler)
+    stepper = _Stepper(session, phase, scaler)
+    refresh_every = _refresh_every(phase, session)
 
     session.console.start(phase.name, place.start, steps)
     method.train()
     with closing(batches):  # ends its workers, whatever happens
         for step in range(place.start, steps):
             progress = Progress(step, steps)
+            if phase.refresh is not None and step % refresh_every == 0:
+                phase.refresh.fit(feature_task(session, phase.owner or method, phase.refresh.parts))
+                method.train()
             batch = next(batches)
+            stepper.measure = (step + 1) % trainer.log_every == 0  # a norm costs a little, and nobody reads every one
             for i, (update, optimizer) in enumerate(zip(phase.updates, optimizers, strict=True)):
-                _set_rates(optimizer, session.schedule(progress.p))
+                if optimizer is not None:
+                    _set_rates(optimizer, session.schedule(progress.p))
                 for _ in range(update.repeats):
                     outcome = stepper(update, optimizer, batch, progress, first=i == 0)
                     record.add(step, {**outcome.terms, **outcome.diagnostics})
@@ -66,7 +74,7 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
                 or done % trainer.checkpoint_every == 0
             ):
                 _log(record, losses, phase, session, place, done)
-            if at_end or done % trainer.eval_every == 0:
+            if phase.predicts and (at_end or done % trainer.eval_every == 0):
                 session.monitor.observe(session.evaluated, place.steps_before + done, phase.name, candidate=place.last)
                 method.train()
             if not at_end and (done % trainer.checkpoint_every == 0 or session.interrupt.signal is not None):
@@ -79,30 +87,57 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
 class _Stepper:
     """One update: forward under autocast, backward, clip, step."""
 
-    def __init__(self, session: Session, scaler: torch.amp.GradScaler) -> None:
+    def __init__(self, session: Session, phase: Gradient, scaler: torch.amp.GradScaler) -> None:
         self.method, self.clip, self.scaler = session.method, session.trainer.clip_norm, scaler
+        self.owner: Method = phase.owner or session.method
         precision = session.trainer.precision
         self.autocast = torch.autocast(
             session.device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision != "32"
         )
-        self.adds_target_term = session.task.target_labelled is not None and not session.method.handles_target_labels
+        self.adds_target_term = session.task.target_labelled is not None and not self.owner.handles_target_labels
+        self.measure = False  # whether the gradients' norms are recorded
 
-    def __call__(self, update: Update, optimizer: Optimizer, batch: Batch, progress: Progress, first: bool) -> Losses:
+    def __call__(
+        self, update: Update, optimizer: Optimizer | None, batch: Batch, progress: Progress, first: bool
+    ) -> Losses:
+        if optimizer is None:
+            with torch.no_grad(), self.autocast:
+                return update.objective(batch, progress)
         with self.autocast:
             losses = update.objective(batch, progress)
             if self.adds_target_term and first and batch.target_labelled is not None:
-                term = self.method.supervised_loss(batch.target_labelled.x, batch.target_labelled.y)
+                term = self.owner.supervised_loss(batch.target_labelled.x, batch.target_labelled.y)
                 losses = replace(losses, terms={**losses.terms, "target_supervised": term})
             terms = list(losses.terms.values())
             total = sum(terms[1:], terms[0])
         self.method.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
-        if self.clip is not None:
+        if self.clip is not None or self.measure:
             self.scaler.unscale_(optimizer)
+        if self.measure:
+            losses = replace(losses, diagnostics={**losses.diagnostics, **_gradient_norms(update.moves)})
+        if self.clip is not None:
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip)
         self.scaler.step(optimizer)
         self.scaler.update()
         return losses
+
+
+def _gradient_norms(moves: Sequence[Moves]) -> dict[str, Tensor]:
+    """The norm of each player's gradient, before clipping."""
+    players: dict[str, list[Tensor]] = {}
+    for move in moves:
+        players.setdefault(move.player, []).extend(p.grad for p in move.parameters if p.grad is not None)
+    return {f"gradient_norm_{name}": nn.utils.get_total_norm(grads) for name, grads in players.items() if grads}
+
+
+def _refresh_every(phase: Gradient, session: Session) -> int:
+    if phase.refresh is None:
+        return 0
+    if phase.refresh.every is not None:
+        return phase.refresh.every
+    sizes = [len(part) for part in task_parts(session.task, phase.refresh.parts).values() if part is not None]
+    return max(1, max(sizes) // session.trainer.batch_size)
 
 
 def _optimizer(update: Update, session: Session) -> Optimizer:
@@ -127,30 +162,27 @@ def _set_rates(optimizer: Optimizer, factor: float) -> None:
 def _batches(phase: Gradient, session: Session, start: int) -> Any:
     """Endless batches of the parts that the task has and the phase reads, from step `start` on."""
     parts = task_parts(session.task, phase.parts)
-    source, target, granted = (_stream(session, name, parts[name], start) for name in ALL_PARTS)
-
-    def labelled(stream: Iterator[tuple[Any, Tensor]] | None) -> Labelled | None:
-        return None if stream is None else Labelled(*next(stream))
+    streams = {name: _stream(session, phase, name, part, start) for name, part in parts.items() if part is not None}
 
     def batches() -> Iterator[Batch]:
         try:
             while True:
-                yield Batch(labelled(source), None if target is None else next(target)[0], labelled(granted))
+                drawn = {name: next(stream) for name, stream in streams.items()}
+                first = {name: views[0] for name, (views, _) in drawn.items()}
+                labelled = {name: Labelled(first[name], y) for name, (_, y) in drawn.items() if y is not None}
+                several = {name: views for name, (views, _) in drawn.items() if len(views) > 1}
+                yield Batch(labelled.get("source"), first.get("target"), labelled.get("target_labelled"), several)
         finally:
-            for stream in (source, target, granted):
-                if stream is not None:
-                    stream.close()  # ends its workers
+            for stream in streams.values():
+                stream.close()  # ends its workers
 
     return batches()
 
 
-def _stream(session: Session, name: str, part: Part | Unlabelled | None, start: int) -> Any:
-    if part is None:
-        return None
+def _stream(session: Session, phase: Gradient, name: str, part: Part | Unlabelled, start: int) -> Any:
     size = session.trainer.batch_size
     # Few granted labels make a small batch; both domains' own sets must fill one.
     batch_size = min(size, len(part)) if name == "target_labelled" else size
-    domain = name.removesuffix("_labelled")
     stream = Stream(
         part.inputs,
         part.labels if isinstance(part, Part) else None,
@@ -158,7 +190,7 @@ def _stream(session: Session, name: str, part: Part | Unlabelled | None, start: 
         batch_size=batch_size,
         seed=session.seed,
         device=session.device,
-        augment=session.augment if session.augment.applies_to(domain) else None,
+        views=[session.augmentation(view, name) for view in phase.views.get(name, ("weak",))],
         workers=session.workers,
         channels_last=session.trainer.channels_last,
     )

@@ -62,6 +62,7 @@ class Session:
     seed: int
     workers: int
     augment: Augment
+    strong: Augment | None  # where the method asks for strong views
     make_optimizer: Callable[[list[dict[str, Any]]], Optimizer]
     schedule: Callable[[float], float]
     metrics: MetricsLog
@@ -76,6 +77,13 @@ class Session:
     def evaluated(self) -> Method:
         """The weights that are evaluated and kept: the running average where there is one."""
         return self.method if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def augmentation(self, view: str, part: str) -> Augment | None:
+        """That of a view (`weak` or `strong`) of a part; None where it changes nothing."""
+        if view == "strong":
+            assert self.strong is not None, "the method's `uses_strong` says that it has strong views"
+            return self.strong
+        return self.augment if self.augment.applies_to(part.removesuffix("_labelled")) else None
 
     def leave_if_asked(self, phase: str, done: int, steps: int) -> None:
         """After a checkpoint: stop if a signal asked for it.
@@ -115,6 +123,8 @@ def make_session(
         for name, part in task_parts(task, phase.parts).items() if isinstance(phase, Gradient) else ():
             if part is not None and name != "target_labelled":  # few granted labels make a small batch
                 check_batch_size(config.trainer.batch_size, name, len(part))
+    if "strong" in components and task.input.kind == "sequence":
+        raise TransferError(f"method {components['method'].name} needs augmented views, and sequences have none.")
     average = None
     if config.trainer.ema is not None:
         average = AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema), use_buffers=True)
@@ -130,6 +140,7 @@ def make_session(
         seed=config.seed,
         workers=config.workers,
         augment=components["augment"].build(),
+        strong=components["strong"].build() if "strong" in components else None,
         make_optimizer=optimizer.build,
         schedule=components["schedule"].build(),
         metrics=metrics,

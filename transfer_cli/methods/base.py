@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfer_cli.backbones.weights import load_into
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.methods.domain_batchnorm import DomainSwitch
 from transfer_cli.methods.phases import Phase
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Needs:
     """What a method cannot do without; checked before any work."""
 
     source_labels: bool = False
+    source_labels_or_model: bool = False  # a labelled source, or the model of one (`source_model`)
     target_inputs: bool = False
     target_labels: bool = False
     any_labels: bool = False  # of either domain, that fit the head
@@ -56,8 +59,10 @@ class Context:
     target_width: int = 0
     label_mean: Tensor | None = None
     label_std: Tensor | None = None
+    label_space: str = "closed"  # closed | partial | open | separate
     bottleneck: int | None = None
-    domain_batches: str = "joint"
+    domain_batches: str = "joint"  # joint | separate | domain_specific
+    source_model: Mapping[str, Tensor] | None = None  # the network of another run, from which this one's starts
     features: FeatureOptions = field(default_factory=FeatureOptions)
     make_head: Callable[[], Head] | None = None  # a new one each time; None: the method has no use for it
 
@@ -74,6 +79,7 @@ class Method(nn.Module):
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
     handles_target_labels: ClassVar[bool] = False  # True: the gradient loop adds no supervised target term
     uses_head: ClassVar[bool] = False  # True: the group `head` is part of the configuration
+    uses_strong: ClassVar[bool] = False  # True: the group `strong` is, the augmentation of strong views
     frozen_backbone: ClassVar[bool] = False  # True: never trained, so features are extracted once and kept
 
     def phases(self) -> Sequence[Phase]:
@@ -102,7 +108,10 @@ class Outputs(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbone, bottleneck if the configuration asks for one, and a linear head."""
+    """Backbone, bottleneck if the configuration asks for one, and a linear head.
+
+    `domain` (`source` or `target`) tells which BatchNorm layers to use where each domain has its own.
+    """
 
     label_mean: Tensor
     label_std: Tensor
@@ -124,19 +133,24 @@ class Network(nn.Module):
             self.register_buffer("label_mean", context.label_mean)
             self.register_buffer("label_std", context.label_std)
             self.log_noise = nn.Parameter(torch.zeros(context.outputs))  # log variance, standardised units
+        if context.source_model is not None:
+            load_into(self, dict(context.source_model), "the run's network", key="source_model")
+        self.switch = DomainSwitch(self.backbone, self.bottleneck) if self.domain_batches == "domain_specific" else None
 
-    def features(self, x: Any) -> Tensor:
+    def features(self, x: Any, domain: str = "target") -> Tensor:
+        if self.switch is not None:
+            self.switch(domain)
         return self.bottleneck(self.backbone(x))
 
-    def forward(self, x: Any) -> Outputs:
-        features = self.features(x)
+    def forward(self, x: Any, domain: str = "target") -> Outputs:
+        features = self.features(x, domain)
         return Outputs(features, self.head(features))
 
     def both(self, source: Any, target: Any) -> tuple[Outputs, Outputs]:
         """Source and target outputs: one forward over both, so that BatchNorm statistics are shared, or one each,
         as `trainer.domain_batches` says."""
-        if self.domain_batches == "separate" or not isinstance(source, Tensor):
-            return self(source), self(target)
+        if self.domain_batches != "joint" or not isinstance(source, Tensor):
+            return self(source, "source"), self(target, "target")
         features, logits = self(torch.cat([source, target]))
         n = len(source)
         return Outputs(features[:n], logits[:n]), Outputs(features[n:], logits[n:])
@@ -148,8 +162,8 @@ class Network(nn.Module):
         residual = (y - self.label_mean) / self.label_std - logits
         return 0.5 * (residual.square() * torch.exp(-self.log_noise) + self.log_noise).mean()
 
-    def predict(self, x: Any) -> Prediction:
-        logits = self(x).logits
+    def predict(self, x: Any, domain: str = "target") -> Prediction:
+        logits = self(x, domain).logits
         if self.kind == "classification":
             return Prediction.from_logits(logits)
         variance = torch.exp(self.log_noise) * self.label_std.square()
@@ -168,6 +182,9 @@ class NetworkMethod(Method):
 
     def predict(self, x: Any) -> Prediction:
         return self.network.predict(x)
+
+    def predict_source(self, x: Any) -> Prediction:
+        return self.network.predict(x, "source")
 
     def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
         return self.network.supervised(self.network(x).logits, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,15 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's minibatches. `target` is inputs alone; a part that the task lacks, or the phase did not ask for, is None."""
+    """One step's minibatches. `target` is inputs alone; a part that the task lacks, or the phase did not ask for, is None.
+
+    `views`: of the parts for which the phase asked for several, all of them; the first is the `x` above.
+    """
 
     source: Labelled | None
     target: Any | None
     target_labelled: Labelled | None
+    views: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,28 @@ class Losses:
 
 @dataclass(frozen=True)
 class Moves:
-    """Parameters that an update moves, at `lr_scale` times the configured learning rate."""
+    """Parameters that an update moves, at `lr_scale` times the configured learning rate.
+
+    `player`: under which name the norm of their gradient is logged; moves of one name are one player.
+    """
 
     parameters: Sequence[nn.Parameter]
     lr_scale: float = 1.0
+    player: str = "network"
 
     @classmethod
-    def of(cls, *modules: nn.Module, lr_scale: float = 1.0) -> Moves:
+    def of(cls, *modules: nn.Module, lr_scale: float = 1.0, player: str = "network") -> Moves:
         """All trainable parameters of the modules, each once."""
-        return cls(list(dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad)), lr_scale)
+        parameters = dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad)
+        return cls(list(parameters), lr_scale, player)
 
 
 @dataclass(frozen=True)
 class Update:
-    """One objective, the parameters it moves and how often it does so with each batch. `objective(batch, progress) -> Losses`."""
+    """One objective, the parameters it moves and how often it does so with each batch. `objective(batch, progress) -> Losses`.
+
+    One that moves nothing runs without gradients: for BatchNorm statistics alone.
+    """
 
     objective: Callable[[Any, Progress], Losses]
     moves: Sequence[Moves]
@@ -69,21 +81,6 @@ class Update:
 
 
 ALL_PARTS = ("source", "target", "target_labelled")
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """Minibatches of the task's `parts`; in each step the updates are made in order. `steps=None`: the trainer's.
-
-    `on_start` runs once, before the first step and never on resume; what it changes belongs in the method's state.
-    """
-
-    name: str
-    updates: Sequence[Update]
-    steps: int | None = None
-    parts: Sequence[str] = ALL_PARTS  # those it reads: others are not even loaded
-    on_start: Callable[[], None] | None = None
-    after_step: Callable[[Progress], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,12 +101,46 @@ class FeatureTask:
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """A look at whole parts from time to time: before step 0 and every `every` steps (None: once a pass over the largest).
+
+    Their features, without augmentation and in evaluation mode, go to `fit`, which leaves what it finds in the method's state.
+    """
+
+    fit: Callable[[FeatureTask], None]
+    parts: Sequence[str]
+    every: int | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Minibatches of the task's `parts`; in each step the updates are made in order. `steps=None`: the trainer's.
+
+    `on_start` runs once, before the first step and never on resume; what it changes belongs in the method's state.
+    """
+
+    name: str
+    updates: Sequence[Update]
+    steps: int | None = None
+    parts: Sequence[str] = ALL_PARTS  # those it reads: others are not even loaded
+    # By part the augmentation of each view, `weak` (the configured one) or `strong` (the group `strong`); one weak if not said.
+    views: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    on_start: Callable[[], None] | None = None
+    after_step: Callable[[Progress], None] | None = None
+    refresh: Refresh | None = None
+    predicts: bool = True  # False: the method cannot predict before a later phase, so nothing is evaluated
+    owner: Any = None  # the method whose phase it is, in a chain of methods
+
+
+@dataclass(frozen=True)
 class ClosedForm:
     """Fit once on features. `fit(features)` leaves its result in the method's state, and returns figures to be logged, if any."""
 
     name: str
     fit: Callable[[FeatureTask], dict[str, float] | None]
     parts: Sequence[str] = ALL_PARTS
+    predicts: bool = True
+    owner: Any = None
 
 
 Phase = Gradient | ClosedForm

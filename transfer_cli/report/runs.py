@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer_cli.config.schema import COMPONENTS, OUTSIDE_IDENTITY, Config
+from transfer_cli.config.schema import COMPONENTS, OPTIONAL_COMPONENTS, OUTSIDE_IDENTITY, Config
 from transfer_cli.errors import TransferError
 from transfer_cli.run_folder import HEADLINE, RESULT_SCHEMA, RunFolder, read_json
 
@@ -138,7 +138,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     settings = {"": {key: value for key, value in common.items() if key not in (*SEEDS, *OUTSIDE_IDENTITY)}}
     for group in COMPONENTS:
         node = {k: v for k, v in (config.get(group) or {}).items() if k not in ("implementation", "search")}
-        if group == "head" and not node:  # the method has its own
+        if group not in DATA and group in OPTIONAL_COMPONENTS and not node:  # the method has no use for it
             continue
         owner = group
         if group not in DATA:

@@ -9,8 +9,9 @@ paper's experiments on photographs).
 
 from __future__ import annotations
 
-from transfer_cli.methods.adversarial.gradient_reversal import DomainDiscriminator, domain_loss, ramp, reverse_gradient
+from transfer_cli.methods.adversarial.gradient_reversal import DomainDiscriminator, domain_loss, reverse_gradient
 from transfer_cli.methods.base import Context, Needs, NetworkMethod
+from transfer_cli.methods.math.ramps import ramp
 from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress, Update
 
 
@@ -32,7 +33,10 @@ class DANN(NetworkMethod):
         self.discriminator = DomainDiscriminator(self.network.feature_dim, hidden, dropout=dropout)
 
     def phases(self) -> list[Gradient]:
-        moves = [Moves.of(self.network), Moves.of(self.discriminator, lr_scale=self.discriminator_lr)]
+        moves = [
+            Moves.of(self.network),
+            Moves.of(self.discriminator, lr_scale=self.discriminator_lr, player="discriminator"),
+        ]
         return [Gradient("adapt", [Update(self.losses, moves)])]
 
     def losses(self, batch: Batch, progress: Progress) -> Losses:

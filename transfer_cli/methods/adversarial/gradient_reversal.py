@@ -1,8 +1,7 @@
-"""Gradient reversal, its published ramp, and the domain discriminator."""
+"""Gradient reversal and the domain discriminator."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -24,11 +23,6 @@ class _Reverse(torch.autograd.Function):
 def reverse_gradient(x: Tensor, coefficient: float) -> Tensor:
     """The identity forward; backward, the gradient times `-coefficient` (Ganin & Lempitsky, ICML 2015)."""
     return _Reverse.apply(x, coefficient)
-
-
-def ramp(p: float, gamma: float = 10.0) -> float:
-    """`2 / (1 + exp(-gamma p)) - 1`: 0 at the start, 0.46 at p = 0.1, towards 1 (Ganin et al., JMLR 2016, section 5.2.2)."""
-    return 2 / (1 + math.exp(-gamma * p)) - 1
 
 
 class DomainDiscriminator(nn.Module):

@@ -95,7 +95,7 @@ class FineTune(NetworkMethod):
 
     def source_losses(self, batch: Batch, progress: Progress) -> Losses:
         assert batch.source is not None
-        logits = self.source_head(self.network.features(batch.source.x))
+        logits = self.source_head(self.network.features(batch.source.x, "source"))
         return Losses({"supervised": self.network.supervised(logits, batch.source.y)})
 
     def losses(self, batch: Batch, progress: Progress) -> Losses:
