@@ -63,7 +63,7 @@ def test_pretrain_then_new_head_then_finetune(transfer: Transfer, data: Path) ->
         f"backbone.weights={weights}",
         "trainer.steps=20",
     ]
-    for method in (["method=linear_probe", "backbone.freeze=all"], ["method=finetune", "backbone.batchnorm=frozen"]):
+    for method in (["method=linear_probe", "backbone.freeze=all"], ["method=lp_ft", "backbone.batchnorm=frozen"]):
         done = transfer("run", *new_head, *method)
         assert done.code == 0, done.err
         result = json.loads((done.run / "result.json").read_text())

@@ -29,7 +29,6 @@ from transfer_cli.methods.adversarial.gradient_reversal import (
 from transfer_cli.methods.base import Context, Network, NetworkMethod
 from transfer_cli.methods.baseline.source_only import SourceOnly
 from transfer_cli.methods.discrepancy.deep_coral import DeepCORAL, coral_distance
-from transfer_cli.methods.finetuning.finetune import FineTune
 from transfer_cli.methods.finetuning.linear_probe import LinearProbe
 from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
@@ -42,7 +41,6 @@ from transfer_cli.methods.phases import (
     FeatureTask,
     Gradient,
     Labelled,
-    Losses,
     Moves,
     Progress,
 )
@@ -354,91 +352,6 @@ def test_a_frozen_backbone_stays_bit_identical_through_training(freeze: str) -> 
     assert {"blocks.0.1.running_mean", "blocks.0.1.num_batches_tracked"} <= frozen
 
 
-def phase_names(**changes: Any) -> list[tuple[str, int | None]]:
-    keys = ("head_first", "source_steps")
-    hyper = {key: changes.pop(key) for key in keys if key in changes}
-    method = FineTune(context(**changes), **hyper)
-    return [(p.name, p.steps if isinstance(p, Gradient) else -1) for p in method.phases()]
-
-
-def test_finetunes_phases_follow_the_setting() -> None:
-    no_source = {"has_source": False, "source_labels_fit_head": False}
-    assert phase_names() == [("source", None), ("head", -1), ("finetune", None)]
-    assert phase_names(source_steps=70) == [("source", 70), ("head", -1), ("finetune", None)]
-    assert phase_names(source_steps=0) == [("head", -1), ("finetune", None)]
-    assert phase_names(head_first=False) == [("source", None), ("finetune", None)]
-    assert phase_names(**no_source) == [("head", -1), ("finetune", None)]
-    assert phase_names(**no_source, source_steps=70) == [("head", -1), ("finetune", None)]
-
-
-def test_finetunes_source_phase_has_a_head_of_its_own_where_classes_differ() -> None:
-    shared = FineTune(context())
-    assert shared.source_head is shared.network.head
-    method = FineTune(context(classes=3, source_classes=7, source_labels_fit_head=False))
-    assert method.source_head.out_features == 7 and method.network.head.out_features == 3
-    batch = batch_of(classes=7)
-    assert batch.source is not None
-    loss = method.source_losses(batch, START).terms["supervised"]
-    logits = method.source_head(method.network.features(batch.source.x))
-    torch.testing.assert_close(loss, F.cross_entropy(logits, batch.source.y))
-    phase = method.phases()[0]
-    assert isinstance(phase, Gradient)
-    (moves,) = phase.updates[0].moves
-    assert set(method.source_head.parameters()) < set(moves.parameters)
-
-
-@pytest.mark.parametrize("kind", ["classification", "regression"])
-def test_finetune_learns_lower_layers_more_slowly_and_moves_everything_once(kind: str) -> None:
-    backbone = MLP(InputSpec("vector", (2,)), hidden=(8, 7, 6))
-    given = context(backbone, bottleneck=4) if kind == "classification" else regression(backbone, bottleneck=4)
-    method = FineTune(given, backbone_lr=0.2, layer_decay=0.5)
-    moves = method.moves()
-    assert [m.lr_scale for m in moves] == [1.0, 0.2, 0.1, 0.05]
-    for move, layer in zip(moves[1:], reversed(backbone.layers), strict=True):
-        assert set(move.parameters) == set(layer.parameters())
-    moved = [p for m in moves for p in m.parameters]
-    assert len(moved) == len(set(moved)) and set(moved) == set(
-        method.network.parameters()
-    )  # the noise of regression too
-    part = FineTune(context(MLP(InputSpec("vector", (2,)), hidden=(8, 7), freeze="up-to-layer1")), backbone_lr=0.2)
-    assert [m.lr_scale for m in part.moves()] == [1.0, 0.2], "frozen stages are left out"
-
-
-def test_l2_sp_pulls_to_the_start_of_the_phase() -> None:
-    torch.manual_seed(0)
-    method = FineTune(context(), l2_sp=0.3, l2_head=0.7)
-    phase = method.phases()[-1]
-    assert isinstance(phase, Gradient) and phase.on_start is not None
-    batch = batch_of()
-    phase.on_start()
-    assert float(method.losses(batch, START).terms["l2_sp"].detach()) == 0
-    parameters = list(method.network.backbone.parameters())
-    start = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for p in parameters:
-            p.add_(torch.randn_like(p))
-    terms = method.losses(batch, START).terms
-    squares = [float((p.detach() - w).square().sum()) for p, w in zip(parameters, start, strict=True)]
-    assert float(terms["l2_sp"].detach()) == pytest.approx(0.15 * sum(squares), rel=1e-5)
-    for p, w, found in zip(parameters, start, gradients(terms["l2_sp"], parameters), strict=True):
-        torch.testing.assert_close(found, 0.3 * (p.detach() - w))
-    head = method.network.head.weight
-    torch.testing.assert_close(gradients(terms["l2_head"], [head])[0], 0.7 * head.detach())
-    assert batch.target_labelled is not None
-    logits = method.network(batch.target_labelled.x).logits
-    torch.testing.assert_close(terms["target_supervised"], F.cross_entropy(logits, batch.target_labelled.y))
-    plain = FineTune(context()).losses(batch, START)
-    assert isinstance(plain, Losses) and set(plain.terms) == {"target_supervised"}
-
-
-def test_l2_sp_leaves_frozen_weights_out() -> None:
-    backbone = MLP(InputSpec("vector", (2,)), hidden=(8, 7), freeze="up-to-layer1")
-    method = FineTune(context(backbone), l2_sp=0.3)
-    method.remember_start()
-    assert method.penalised() == list(backbone.layers[1].parameters())
-    assert len(method.start.state_dict()) == 2
-
-
 # --- closed forms ---------------------------------------------------------------------------------
 
 
@@ -540,32 +453,6 @@ def test_the_linear_probe_needs_labels_for_its_head() -> None:
             LinearProbe(context(backbone, **changes), labels=labels)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["classification", "regression"])
-def test_finetunes_head_phase_is_the_optimum_of_its_head(kind: str) -> None:
-    task, _, target = probe_task()
-    assert target.y is not None
-    backbone = Identity(InputSpec("vector", (4,)))
-    if kind == "classification":
-        method = FineTune(context(backbone, classes=3), head_l2=0.5)
-        reference = LogisticRegression(C=1 / (0.5 * 12), tol=1e-10, max_iter=10_000).fit(
-            target.x.numpy(), target.y.numpy()
-        )
-        wanted = reference.decision_function(target.x.numpy())
-        wanted -= wanted.mean(1, keepdims=True)
-    else:
-        method = FineTune(regression(backbone), head_l2=0.5)
-        y = target.x[:, :1] * 4 + 10  # in their own units
-        task = replace(task, target_labelled=Features(target.x, y))
-        standard = ((y - 10) / 4).numpy()
-        wanted = Ridge(alpha=0.5 * 12).fit(target.x.numpy(), standard).predict(target.x.numpy()).reshape(-1, 1)
-    phase = next(p for p in method.phases() if isinstance(p, ClosedForm))
-    phase.fit(task)
-    with torch.no_grad():
-        logits = method.network.head(target.x.float())
-    found = (logits - logits.mean(1, keepdim=True) if kind == "classification" else logits).numpy()
-    np.testing.assert_allclose(found, wanted, atol=2e-3)
-
-
 # --- fitted state ---------------------------------------------------------------------------------
 
 
@@ -605,24 +492,6 @@ def test_a_probe_predicts_the_same_after_a_checkpoint() -> None:
     first.fit(task)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.predict(source.x).probs, second.predict(source.x).probs)
-
-
-def test_layer_wise_rates_count_only_layers_that_learn() -> None:
-    from transfer_cli.backbones.torchvision import Torchvision
-
-    backbone = Torchvision(InputSpec("image", (3, 32, 32)), model="resnet18", weights="none")
-    moves = FineTune(context(backbone), backbone_lr=0.1, layer_decay=0.5).moves()
-    rate = {id(p): m.lr_scale for m in moves for p in m.parameters}
-    stages = [
-        backbone.model.layer4,
-        backbone.model.layer3,
-        backbone.model.layer2,
-        backbone.model.layer1,
-        backbone.model.bn1,
-    ]
-    found = [rate[id(next(stage.parameters()))] for stage in stages]
-    assert found == pytest.approx([0.1, 0.05, 0.025, 0.0125, 0.00625])
-    assert rate[id(backbone.model.conv1.weight)] == pytest.approx(0.003125)
 
 
 def test_coral_is_computed_in_full_precision_under_autocast() -> None:

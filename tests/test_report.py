@@ -323,9 +323,9 @@ def test_markdown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_csv(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--format", "csv"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "method,settings,oracle,source,target,metric,mean,std,runs,seeds,data_seeds",
-        "dann,,false,synth_digits,digits,accuracy_percent,91.0,1.4142135623730951,2,0 1,0 0",
-        "dann,,true,synth_digits,digits,accuracy_percent,95.0,,1,0,0",
+        "method,settings,oracle,source,target,metric,mean,std,runs,seeds,data_seeds,baseline,worse,im_worse",
+        "dann,,false,synth_digits,digits,accuracy_percent,91.0,1.4142135623730951,2,0 1,0 0,,,",
+        "dann,,true,synth_digits,digits,accuracy_percent,95.0,,1,0,0,,,",
     ]
 
 

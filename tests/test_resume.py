@@ -112,9 +112,8 @@ def test_signals_save_and_the_run_goes_on_exactly(
 def test_several_phases_and_granted_labels_resume(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [
         *SMALL,
-        "method=finetune",
+        "method=delta",
         "target_labels=4",
-        "method.l2_sp=0.1",
         "method.source_steps=10",
         "trainer.steps=15",
     ]

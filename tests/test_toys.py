@@ -32,7 +32,7 @@ TOYS = {
         "method=source_only",
         "optimizer=adam",
     ],
-    "source_free": ["source=none", "target=toy_images", "target_labels=5", "method=finetune", "method.head_l2=0.1"],
+    "source_free": ["source=none", "target=toy_images", "target_labels=5", "method=lp_ft", "method.head_l2=0.1"],
     "sequences": [
         "source=toy_sequences",
         "target=toy_sequences",

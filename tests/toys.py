@@ -1,4 +1,4 @@
-"""Four toy problems that a plugin brings: image classification, tabular regression, a source-free setting, and sequences."""
+"""Toy problems that a plugin brings: image classification, tabular regression, sequences, and domains of different classes."""
 
 from __future__ import annotations
 
@@ -89,3 +89,21 @@ class MeanOverTime(Backbone):
     def forward(self, x: Any) -> Tensor:
         mask = x.mask[..., None]
         return (self.layer(x.values) * mask).sum(1) / mask.sum(1)
+
+
+class ToyBlobs:
+    """Five clusters on a circle, of which a domain has the `classes` it is told; the target's are moved by `shift`."""
+
+    def __init__(self, place: Place, *, classes: str = "abc", shift: float = 0.0) -> None:
+        self.classes, self.shift = classes, shift
+
+    def fingerprint(self) -> str:
+        return fingerprint_values("blobs", self.classes, self.shift)
+
+    def load(self) -> Domain:
+        draw = torch.Generator().manual_seed(3)
+        labels = torch.arange(60 * len(self.classes)) % len(self.classes)
+        angles = torch.tensor([2 * torch.pi * "abcde".index(c) / 5 for c in self.classes])[labels]
+        x = 3 * torch.stack([angles.cos(), angles.sin()], 1) + 0.4 * torch.randn(len(labels), 2, generator=draw)
+        part = Part(ArrayInputs(x + self.shift), labels, numbered("b", len(labels)))
+        return Domain(f"blobs_{self.classes}", "classification", tuple(self.classes), part)

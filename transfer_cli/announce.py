@@ -25,7 +25,27 @@ def opening_lines(
     if task.target_labelled is not None:
         counts.append(f"{len(task.target_labelled):,} target labels granted")
     counts.append(f"{len(heldout.target_test):,} target held out ({config.protocol})")
-    if task.kind == "classification":
-        counts.append(str(task.label_space))
+    space = task.label_space
+    named = task.kind == "classification" and bool(space.source) and space.setting != "closed"
+    if task.kind == "classification" and (not named or space.setting == "separate"):
+        counts.append(str(space))
     lines.append(", ".join(counts))
+    if named:
+        lines += [f"classes: {space.overlap()}", *_not_made_for(space.setting, components)]
     return [*lines, *problem.notes]
+
+
+def _not_made_for(setting: str, components: Components) -> list[str]:
+    """A word on the methods that bring the domains together as if their classes were the same."""
+    unexpected = {
+        "partial": "does not expect classes that are only in the source: pada is made for that",
+        "open": "does not expect classes that are only in the target, and predicts none as unknown: osbp is made for that",
+    }
+    chosen = [components[group] for group in ("method", "then") if group in components]
+    return [
+        f"{method.name} {unexpected[setting]}"
+        for method in chosen
+        if setting in unexpected
+        and method.implementation.needs.target_inputs  # type: ignore[attr-defined]
+        and setting not in method.implementation.label_spaces  # type: ignore[attr-defined]
+    ]

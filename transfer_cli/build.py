@@ -96,6 +96,19 @@ def build_method(
     chosen = [components[group] for group in ("method", "then") if group in components]
     for component in chosen:
         check_needs(component, shape, trained or config.source_model is not None)
+    if config.source_model is not None and chosen[0].implementation.frozen_backbone:  # type: ignore[attr-defined]
+        raise TransferError(
+            f"method {chosen[0].name} has no network that could start from source_model: "
+            f"backbone.weights={config.source_model} takes the backbone alone."
+        )
+    last = chosen[-1]
+    if last.implementation.representation_only:  # type: ignore[attr-defined]
+        way = (
+            "add then=linear_probe (or another method)"
+            if len(chosen) == 1
+            else f"take it as the first, method={last.name}"
+        )
+        raise TransferError(f"{last.name} learns a representation: {way}.")
     seed_all(derive_seed(config.seed, "initialisation"), torch.device("cpu"))
     backbone = build_checked(components["backbone"].build, shape.input, components["backbone"].name)
     if labels is None and shape.kind == "regression":
@@ -120,6 +133,7 @@ def build_method(
             tuple(config.features.normalise), config.features.reduce, config.features.components, config.features.whiten
         ),
         source_model=source_model,
+        input=shape.input,
     )
     if "head" in components:
         make_head = components["head"].build
@@ -218,7 +232,10 @@ def read_source_model(path: str, shape: TaskShape) -> dict[str, Tensor]:
     kept = read_checkpoint(Path(path))
     if kept is None:
         raise TransferError(f"source_model: {path} is missing or not a whole checkpoint.")
-    network = {k.removeprefix("network."): v for k, v in kept.get("method", {}).items() if k.startswith("network.")}
+    if not {"method", "task"} <= kept.keys():
+        raise TransferError(f"source_model: {path} is not the checkpoints/best.pt of a run.")
+    state = {k.removeprefix("second."): v for k, v in kept["method"].items()}  # of a chain, what predicts
+    network = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
     if not network:
         raise TransferError(f"source_model: {path} holds no network: take a run of a method that trains one.")
     classes, wanted = TaskShape.restore(kept["task"]).label_space.classes, shape.label_space.classes

@@ -23,6 +23,7 @@ from transfer_cli.build import Components
 from transfer_cli.config.identity import MACHINERY_VERSION, Identity, label, method_label
 from transfer_cli.config.schema import OPTIONAL_COMPONENTS, Config
 from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.health import proxy_a_distance
 from transfer_cli.loops.session import Session
 from transfer_cli.run_folder import RESULT_SCHEMA, RunFolder, read_json, write_atomically, write_json
 
@@ -139,12 +140,21 @@ def write_result(
             "oracle": {"step": monitor.oracle_step, "score": monitor.oracle_score, "uses_target_labels": True},
         },
         "validators": validators,
+        "health": {"proxy_a_distance": _a_distance(features, config.seed), "warnings": session.health.warnings},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "steps": steps,
         "device": str(session.device),
     }
     write_json(folder.result, result)
     return result
+
+
+def _a_distance(features: dict[str, Any], seed: int) -> float | None:
+    """Between the domains' kept samples; None where there is no source."""
+    if not {"source_test", "target_test"} <= features.keys():
+        return None
+    source, target = (torch.from_numpy(features[f"{side}_test"]) for side in ("source", "target"))
+    return proxy_a_distance(source, target, seed)
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def load_state(path: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise TransferError(f"backbone.weights: {path} holds no tensors by name.")
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    for prefix in ("network.backbone.", "backbone."):
+    for prefix in ("network.backbone.", "backbone.", "second.network.backbone.", "second.backbone."):  # or a chain's
         if any(key.startswith(prefix) for key in state):
             return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state

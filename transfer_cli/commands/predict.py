@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         with torch.inference_mode():
             for x in in_order(inputs, arguments.batch_size, device, arguments.workers):
                 prediction = method.predict(x)
-                for row in _rows(prediction, shape.label_space.classes, arguments.format == "jsonl"):
+                for row in _rows(prediction, shape.label_space.evaluated, arguments.format == "jsonl"):
                     write({"sample": names[position], **row})
                     position += 1
     return 0

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         extra.append(f"data_root={arguments.data_root}")
 
     outcome = Outcome(table)
-    todo = [(row, column) for row in rows for column in columns]
+    todo = [(row, column) for row in rows for column in columns if table.to_run(row, column)]
     for row, column in _progress(todo, table.name):
         outcome.cells[row.name, column] = _cell([[*o, *extra] for o in table.overrides(row, column)])
     folder = Path(arguments.outputs) / "tables"

@@ -49,7 +49,7 @@ def _check_keys(plain: dict[Any, Any], defaults: Any, prefix: str) -> None:
 
 
 def load_run(path: str) -> tuple[RunFolder, Config]:
-    """A run's folder and its own configuration.
+    """A run's folder and its own configuration, for what its checkpoint is used for.
 
     Raises:
         TransferError: not a run's folder.
@@ -57,7 +57,9 @@ def load_run(path: str) -> tuple[RunFolder, Config]:
     folder = RunFolder(Path(path))
     if not folder.config.is_file():
         raise TransferError(f"{path} is not a run's folder: it has no config.yaml. transfer report lists runs.")
-    return folder, typed(yaml.safe_load(folder.config.read_text()))
+    plain = yaml.safe_load(folder.config.read_text())
+    plain.pop("source_model", None)  # what its training started from may be gone, and is not needed again
+    return folder, typed(plain)
 
 
 def resolve_components(config: Config) -> dict[str, Component]:

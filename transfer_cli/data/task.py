@@ -63,6 +63,13 @@ class LabelSpace:
             [self.evaluated.index(n if n in self.classes else UNKNOWN) for n in self.target], dtype=torch.int64
         )
 
+    def overlap(self) -> str:
+        """How many classes, and which, are shared and only in one domain."""
+        only_source = [n for n in self.source if n not in self.target]
+        only_target = [n for n in self.target if n not in self.source]
+        found = (("shared", self.shared), ("only in the source", only_source), ("only in the target", only_target))
+        return "".join(_some(where, names) for where, names in found).removeprefix(", ")
+
     def __str__(self) -> str:
         if self.setting == "separate" or not self.source:
             return f"{len(self.target)} target classes, head of its own"

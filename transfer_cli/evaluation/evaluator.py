@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from transfer_cli.data.batching import derive_seed, in_order
 from transfer_cli.data.inputs import ArrayInputs, FeatureInputs, Inputs
 from transfer_cli.data.task import Heldout, TransferTask
 from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.health import evenly, prediction_health
 from transfer_cli.evaluation.metrics import score
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.evaluation.validators import VALIDATORS, WITHOUT_A_SCORE, Validator, View, applicable, load_validator
@@ -23,12 +24,16 @@ from transfer_cli.run_folder import HEADLINE
 
 SAMPLE = 500  # samples a domain whose features are kept for the report
 EXAMPLES = 64  # samples a domain whose inputs are kept
+PICTURED = 16  # samples a domain that a method may make pictures of
+NORMED = 128  # samples a domain whose features' norm is watched: a mean needs no more
 
 
 class Predictor(Protocol):
     def predict(self, x: Any) -> Prediction: ...
     def predict_source(self, x: Any) -> Prediction: ...
     def features(self, x: Any) -> Tensor: ...
+    def features_source(self, x: Any) -> Tensor: ...
+    def pictures(self, source: Tensor, target: Tensor) -> dict[str, Tensor]: ...
     def eval(self) -> Any: ...
 
 
@@ -41,6 +46,7 @@ class Look:
     validators: dict[str, float]
     target_test: dict[str, float]
     headline: tuple[str, float]
+    health: dict[str, float] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -60,6 +66,8 @@ class Evaluator:
         self.task, self.heldout = task, heldout
         self.device, self.batch_size, self.workers, self.channels_last = device, batch_size, workers, channels_last
         self.seed = derive_seed(seed, "evaluation")
+        space = task.label_space
+        self.known = len(space.classes) if space.setting == "open" else None  # of the target's classes; more is unknown
         self.selection = self._choose(selection)
         names = dict.fromkeys([*VALIDATORS, *([] if self.selection in WITHOUT_A_SCORE else [self.selection])])
         self.validators: dict[str, Validator] = {name: load_validator(name, plugins) for name in names}
@@ -80,11 +88,11 @@ class Evaluator:
     def look(self, method: Predictor) -> Look:
         """Every validator's score, and the figures on the target test set (for the record and the oracle alone)."""
         view, test = self._view(method), self._predict(method, self.heldout.target_test.inputs)
-        return self._look(view, test)
+        return replace(self._look(view, test), health={**prediction_health(view), **self._feature_norms(method)})
 
     def _look(self, view: View, test: Prediction) -> Look:
         scores = {n: v(view) for n, v in self.validators.items() if n not in VALIDATORS or applicable(view, n)}
-        figures = score(self.task.kind, test, self.heldout.target_test.labels)
+        figures = score(self.task.kind, test, self.heldout.target_test.labels, self.known)
         name = HEADLINE[self.task.kind]
         oracle = figures[name] if name == "accuracy" else -figures[name]
         chosen = {"last": 0.0, "oracle": oracle}.get(self.selection)
@@ -93,6 +101,16 @@ class Evaluator:
                 self.validators[self.selection](view)  # says what it lacks
             chosen = scores[self.selection]
         return Look(chosen, oracle, scores, figures, (name, figures[name]))
+
+    def _feature_norms(self, method: Predictor) -> dict[str, float]:
+        """The mean Euclidean norm of some validation samples' features, by domain."""
+        norms: dict[str, float] = {}
+        for domain, part in (("source", self.task.source_validation), ("target", self.task.target_validation)):
+            if part is not None and len(part):
+                few = part.inputs.take(evenly(len(part), min(NORMED, self.batch_size)))
+                features = self._run(method, few, _features(method, domain), workers=0)[0].flatten(1)
+                norms[f"feature_norm_{domain}"] = float(features.double().norm(dim=1).mean())
+        return norms
 
     def _view(self, method: Predictor) -> View:
         target = self._predict(method, self.task.target_validation.inputs)
@@ -110,7 +128,8 @@ class Evaluator:
             parts["source_test"] = self.heldout.source_test
         for split, part in parts.items():
             prediction = self._predict(method, part.inputs, split.removesuffix("_test"))
-            metrics[split] = score(self.task.kind, prediction, part.labels)
+            known = self.known if split == "target_test" else None
+            metrics[split] = score(self.task.kind, prediction, part.labels, known)
             arrays.update(_arrays(split, prediction, part.labels, part.ids))
             if split == "target_test":
                 validators = self._look(self._view(method), prediction).validators
@@ -124,9 +143,8 @@ class Evaluator:
             if part is None or not len(part):
                 continue
             few = part.take(torch.arange(min(SAMPLE, len(part))))
-            features[split] = np.concatenate(
-                self._run(method, few.inputs, lambda x: method.features(x).float().cpu().numpy())
-            )
+            function = _features(method, split.removesuffix("_test"))
+            features[split] = torch.cat(self._run(method, few.inputs, function)).numpy()
             features[f"{split}_labels"] = few.labels.numpy()
             shown = few.inputs.take(torch.arange(min(EXAMPLES, len(few))))
             if isinstance(shown, FeatureInputs):
@@ -135,7 +153,19 @@ class Evaluator:
                 raw = shown if isinstance(shown, ArrayInputs) else None
                 images = raw.values if raw is not None else shown.batch(torch.arange(len(shown)))
                 examples[split] = images.numpy()  # type: ignore[union-attr]
-        return features, examples
+        return features, {**examples, **self._pictures(method)}
+
+    def _pictures(self, method: Predictor) -> dict[str, Any]:
+        """Those that the method makes of samples of both test sets, uint8 as the examples are."""
+        images = []
+        for part in (self.heldout.source_test, self.heldout.target_test):
+            if part is None or not len(part) or part.inputs.spec.kind != "image":
+                return {}
+            few = part.inputs.take(evenly(len(part), PICTURED))
+            images.append(torch.cat(self._run(method, few, lambda x: x, workers=0)))
+        with torch.inference_mode(), isolated(self.seed, self.device):
+            made = method.pictures(*images)
+        return {name: x.float().mul(255).round().clamp(0, 255).byte().cpu().numpy() for name, x in made.items()}
 
     def _predict(self, method: Predictor, inputs: Inputs, domain: str = "target") -> Prediction:
         function = method.predict_source if domain == "source" else method.predict
@@ -147,11 +177,20 @@ class Evaluator:
             )
         return prediction
 
-    def _run(self, method: Predictor, inputs: Inputs, function: Callable[[Any], Any]) -> list[Any]:
+    def _run(
+        self, method: Predictor, inputs: Inputs, function: Callable[[Any], Any], workers: int | None = None
+    ) -> list[Any]:
         method.eval()
-        batches = in_order(inputs, self.batch_size, self.device, self.workers, self.channels_last)
+        workers = self.workers if workers is None else workers
+        batches = in_order(inputs, self.batch_size, self.device, workers, self.channels_last)
         with torch.inference_mode(), isolated(self.seed, self.device), closing(batches):
             return [function(x) for x in batches]
+
+
+def _features(method: Predictor, domain: str) -> Callable[[Any], Tensor]:
+    """Inputs to features of their domain, on the CPU."""
+    function = method.features_source if domain == "source" else method.features
+    return lambda x: function(x).float().cpu()
 
 
 def make_evaluator(config: Config, task: TransferTask, heldout: Heldout, device: torch.device) -> Evaluator:

@@ -10,11 +10,12 @@ from torch import Tensor
 from transfer_cli.evaluation.prediction import Prediction
 
 
-def score(kind: str, prediction: Prediction, labels: Tensor) -> dict[str, float]:
-    """All metrics of the task's kind."""
+def score(kind: str, prediction: Prediction, labels: Tensor, known: int | None = None) -> dict[str, float]:
+    """All metrics of the task's kind; with an open label space, `known` is the number of classes before `unknown`."""
     if kind == "classification":
         assert prediction.log_probs is not None
-        return classification(prediction.log_probs, labels)
+        figures = classification(prediction.log_probs, labels)
+        return figures if known is None else figures | open_set(prediction.labels.cpu(), labels.cpu(), known)
     assert prediction.mean is not None and prediction.variance is not None
     return regression(prediction.mean, prediction.variance, labels)
 
@@ -41,6 +42,21 @@ def classification(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
         "ece": expected_calibration_error(confidence, right),
         "ece_equal_mass": expected_calibration_error(confidence, right, equal_mass=True),
     }
+
+
+def open_set(guesses: Tensor, labels: Tensor, known: int) -> dict[str, float]:
+    """OS* (mean of the known classes' accuracies), the accuracy on `unknown` (class `known`), and their harmonic mean HOS
+
+    (Bucci, Loghmani & Tommasi, ECCV 2020). Classes without a sample are left out, and figures that need them too.
+    """
+    accuracies = {c: float((guesses[labels == c] == c).double().mean()) for c in labels.unique().tolist()}
+    unknown = accuracies.pop(known, None)
+    figures = {} if unknown is None else {"unknown_accuracy": unknown}
+    if accuracies:
+        figures["os_star"] = os_star = sum(accuracies.values()) / len(accuracies)
+        if unknown is not None:
+            figures["hos"] = 2 * os_star * unknown / (os_star + unknown) if unknown else 0.0
+    return figures
 
 
 def macro_f1(guesses: Tensor, labels: Tensor) -> float:

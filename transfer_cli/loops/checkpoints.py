@@ -6,6 +6,7 @@ import io
 import os
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -91,11 +92,11 @@ def serialise(content: Any) -> bytes:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The content, or None where the file is missing or not whole."""
+    """The content, or None where the file is missing, not whole, or something else."""
     if not path.exists() or not zipfile.is_zipfile(path):
         return None
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, UnpicklingError):
         return None
-    return content
+    return content if isinstance(content, dict) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -20,20 +20,25 @@ def feature_task(session: Session, method: Method, parts: Sequence[str]) -> Feat
     """The wanted parts after the method's `features`, which it computes in evaluation mode."""
     method.eval()
 
-    def features(part: Any) -> Features | None:
+    def features(part: Any, function: Callable[[Any], Tensor]) -> Features | None:
         if part is None:
             return None
         labels = part.labels.to(session.device) if hasattr(part, "labels") else None
-        return Features(_extract(session, method, part.inputs), labels)
+        return Features(_extract(session, part.inputs, function), labels)
 
-    return FeatureTask(**{name: features(part) for name, part in task_parts(session.task, parts).items()})
+    wanted = task_parts(session.task, parts)
+    return FeatureTask(
+        features(wanted["source"], method.features_source),
+        features(wanted["target"], method.features),
+        features(wanted["target_labelled"], method.features),
+    )
 
 
 @torch.no_grad()
-def _extract(session: Session, method: Method, inputs: Inputs) -> Tensor:
+def _extract(session: Session, inputs: Inputs, function: Callable[[Any], Tensor]) -> Tensor:
     """`(N, D)` float64 on the device."""
     trainer = session.trainer
     with closing(
         in_order(inputs, trainer.eval_batch_size, session.device, session.workers, trainer.channels_last)
     ) as batches:
-        return torch.cat([method.features(x).double() for x in batches])
+        return torch.cat([function(x).double() for x in batches])

@@ -19,7 +19,7 @@ from transfer_cli.data.domain import Part
 from transfer_cli.data.task import Unlabelled
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.features import feature_task
-from transfer_cli.loops.metrics_log import StepRecord
+from transfer_cli.loops.metrics_log import GRADIENT_NORM, StepRecord
 from transfer_cli.loops.rng import RandomState
 from transfer_cli.loops.session import Place, Session, steps_of, task_parts
 from transfer_cli.methods.base import Method
@@ -60,10 +60,10 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
                     outcome = stepper(update, optimizer, batch, progress, first=i == 0)
                     record.add(step, {**outcome.terms, **outcome.diagnostics})
                 losses.update(outcome.terms)
-            if session.average is not None:
-                session.average.update_parameters(method)
             if phase.after_step is not None:
                 phase.after_step(progress)
+            if session.average is not None:  # of the weights that `after_step` leaves, a teacher's among them
+                session.average.update_parameters(method)
 
             done = step + 1
             at_end = done == steps
@@ -73,7 +73,7 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
                 or done % trainer.eval_every == 0
                 or done % trainer.checkpoint_every == 0
             ):
-                _log(record, losses, phase, session, place, done)
+                _log(record, losses, scaler.is_enabled(), phase, session, place, done)
             if phase.predicts and (at_end or done % trainer.eval_every == 0):
                 session.monitor.observe(session.evaluated, place.steps_before + done, phase.name, candidate=place.last)
                 method.train()
@@ -124,11 +124,18 @@ class _Stepper:
 
 
 def _gradient_norms(moves: Sequence[Moves]) -> dict[str, Tensor]:
-    """The norm of each player's gradient, before clipping."""
-    players: dict[str, list[Tensor]] = {}
+    """The norm of each player's gradient, before clipping; zero where the objective does not depend on it."""
+    players: dict[str, list[nn.Parameter]] = {}
     for move in moves:
-        players.setdefault(move.player, []).extend(p.grad for p in move.parameters if p.grad is not None)
-    return {f"gradient_norm_{name}": nn.utils.get_total_norm(grads) for name, grads in players.items() if grads}
+        players.setdefault(move.player, []).extend(move.parameters)
+    norms = {}
+    for player, parameters in players.items():
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if parameters:
+            norms[GRADIENT_NORM + player] = (
+                nn.utils.get_total_norm(grads) if grads else parameters[0].detach().new_zeros(())
+            )
+    return norms
 
 
 def _refresh_every(phase: Gradient, session: Session) -> int:
@@ -197,9 +204,13 @@ def _stream(session: Session, phase: Gradient, name: str, part: Part | Unlabelle
     return stream.iterate(start)
 
 
-def _log(record: StepRecord, losses: set[str], phase: Gradient, session: Session, place: Place, done: int) -> None:
+def _log(
+    record: StepRecord, losses: set[str], scaled: bool, phase: Gradient, session: Session, place: Place, done: int
+) -> None:
+    # Where losses are scaled, a gradient that overflows is a step skipped; elsewhere it would end in the weights.
+    gradients = set() if scaled else {name for name in record.names() if name.startswith(GRADIENT_NORM)}
     try:
-        values = record.take(losses)
+        values = record.take(losses | gradients)
     except TransferError as error:
         saved = session.checkpoints.saved_step
         kept = (
@@ -216,7 +227,8 @@ def _log(record: StepRecord, losses: set[str], phase: Gradient, session: Session
         step = place.steps_before + done
         terms = {name: value for name, value in values.items() if name in losses}
         session.metrics.write(step=step, phase=phase.name, split="train", values=terms)
-        if len(terms) < len(values):
-            others = {name: value for name, value in values.items() if name not in losses}
+        others = {name: value for name, value in values.items() if name not in losses}
+        if others:
             session.metrics.write(step=step, phase=phase.name, split="diagnostics", values=others)
         session.console.advance(done, values)
+        session.health.interval(step, phase.name, done, terms, others)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
+
+GRADIENT_NORM = "gradient_norm_"  # and the player's name: a diagnostic
 
 
 class MetricsLog:
@@ -44,11 +45,14 @@ class StepRecord:
             self._values.setdefault(name, []).append(value.detach())
             self._steps.setdefault(name, []).append(step)
 
-    def take(self, losses: set[str]) -> dict[str, float]:
-        """The means since the last call.
+    def names(self) -> set[str]:
+        return set(self._values)
+
+    def take(self, watched: set[str]) -> dict[str, float]:
+        """The means since the last call, over the values that are finite; a name without any is left out.
 
         Raises:
-            TransferError: a loss was not finite; it names the step and the term.
+            TransferError: a watched value was not finite; it names the step and the loss term, or whose gradient.
         """
         if not self._values:
             return {}
@@ -58,15 +62,17 @@ class StepRecord:
         bad = [
             (self._steps[name][i], name, float(columns[name][i]))
             for name in names
-            if name in losses
+            if name in watched
             for i in _not_finite(columns[name])
         ]
         if bad:
             step, name, value = min(bad, key=lambda b: b[0])  # one bad term soon spoils the others
-            raise TransferError(f"the loss term '{name}' became {value} at step {step + 1}")
+            player = name.removeprefix(GRADIENT_NORM)
+            what = f"the loss term '{name}'" if player == name else f"the gradient of '{player}'"
+            raise TransferError(f"{what} became {value} at step {step + 1}")
         self._values, self._steps = {}, {}
-        means = {name: float(column.mean()) for name, column in columns.items()}
-        return {name: value if math.isfinite(value) else 0.0 for name, value in means.items()}
+        finite = {name: column[torch.isfinite(column)] for name, column in columns.items()}
+        return {name: float(column.double().mean()) for name, column in finite.items() if len(column)}
 
     def state_dict(self) -> dict[str, Any]:
         return {

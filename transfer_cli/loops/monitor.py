@@ -9,6 +9,7 @@ from typing import Any
 from transfer_cli.evaluation.evaluator import Evaluator
 from transfer_cli.loops.checkpoints import serialise
 from transfer_cli.loops.console import Console
+from transfer_cli.loops.health import Health
 from transfer_cli.loops.metrics_log import MetricsLog
 from transfer_cli.methods.base import Method
 from transfer_cli.run_folder import write_atomically
@@ -18,15 +19,16 @@ class Monitor:
     """The figures on target labels are written down and remembered for the report; the choice sees only `selection`'s score."""
 
     def __init__(
-        self, evaluator: Evaluator, best: Path, description: dict[str, Any], metrics: MetricsLog, console: Console
+        self,
+        evaluator: Evaluator,
+        best: Path,
+        description: dict[str, Any],
+        metrics: MetricsLog,
+        console: Console,
+        health: Health,
     ) -> None:
-        self.evaluator, self.best, self.description, self.metrics, self.console = (
-            evaluator,
-            best,
-            description,
-            metrics,
-            console,
-        )
+        self.evaluator, self.best, self.description = evaluator, best, description
+        self.metrics, self.console, self.health = metrics, console, health
         self.chosen_step, self.chosen_score = -1, -math.inf
         self.oracle_step, self.oracle_score = -1, -math.inf
         self.candidates = 0
@@ -34,10 +36,16 @@ class Monitor:
     def observe(self, method: Method, step: int, phase: str, candidate: bool) -> None:
         """Evaluate at `step`; where `candidate`, keep the weights if they score at least as well as any before."""
         look = self.evaluator.look(method)
-        for split, values in (("validators", look.validators), ("target_test", look.target_test)):
+        finite = {figure: value for figure, value in look.health.items() if math.isfinite(value)}  # JSON has no others
+        for split, values in (
+            ("validators", look.validators),
+            ("target_test", look.target_test),
+            ("health", finite),
+        ):
             self.metrics.write(step=step, phase=phase, split=split, values=values)
         name, quality = look.headline
         self.console.milestone(phase, step, {self.evaluator.selection: look.score, f"target {name}": quality})
+        self.health.evaluation(step, phase, look.health)
         if not candidate:
             return
         self.candidates += 1

@@ -22,6 +22,7 @@ from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.evaluator import Evaluator
 from transfer_cli.loops.checkpoints import Checkpoints, Stateful, read_checkpoint
 from transfer_cli.loops.console import Console
+from transfer_cli.loops.health import Health, health_of
 from transfer_cli.loops.interrupt import Interrupt
 from transfer_cli.loops.metrics_log import MetricsLog
 from transfer_cli.loops.monitor import Monitor
@@ -70,6 +71,7 @@ class Session:
     console: Console
     interrupt: Interrupt
     monitor: Monitor
+    health: Health
     average: AveragedModel | None = None
     clock: Clock = field(default_factory=Clock)
 
@@ -117,21 +119,27 @@ def make_session(
     """All that the loops work with.
 
     Raises:
-        TransferError: a batch that the task's parts cannot fill.
+        TransferError: a batch that the task's parts cannot fill, or a number of steps below 1.
     """
     for phase in method.phases():
-        for name, part in task_parts(task, phase.parts).items() if isinstance(phase, Gradient) else ():
+        if not isinstance(phase, Gradient):
+            continue
+        every = None if phase.refresh is None else phase.refresh.every
+        for what, count in (("runs for", phase.steps), ("is refreshed every", every)):
+            if count is not None and count < 1:
+                raise TransferError(f"phase '{phase.name}' {what} {count} steps: at least 1 is needed.")
+        for name, part in task_parts(task, phase.parts).items():
             if part is not None and name != "target_labelled":  # few granted labels make a small batch
                 check_batch_size(config.trainer.batch_size, name, len(part))
     if "strong" in components and task.input.kind == "sequence":
         raise TransferError(f"method {components['method'].name} needs augmented views, and sequences have none.")
     average = None
     if config.trainer.ema is not None:
-        average = AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema), use_buffers=True)
+        average = AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema))
     metrics = MetricsLog(folder.metrics)
     optimizer = components["optimizer"]
     optimizer.build([{"params": [torch.zeros(1, requires_grad=True)]}])  # says now what it would refuse later
-    best = folder.checkpoints / "best.pt"
+    best, health = folder.checkpoints / "best.pt", health_of(task, console.say)
     return Session(
         method=method,
         task=task,
@@ -147,7 +155,10 @@ def make_session(
         checkpoints=Checkpoints(folder.checkpoints, identity.hash),
         console=console,
         interrupt=interrupt,
-        monitor=Monitor(evaluator, best, {"identity": identity.hash, "task": task.shape.plain()}, metrics, console),
+        monitor=Monitor(
+            evaluator, best, {"identity": identity.hash, "task": task.shape.plain()}, metrics, console, health
+        ),
+        health=health,
         average=average,
     )
 
@@ -182,13 +193,14 @@ def run_phases(session: Session) -> int:
     parts: dict[str, Stateful] = {"method": session.method, "monitor": session.monitor, "metrics": session.metrics}
     if session.average is not None:
         parts["average"] = session.average
-    session.checkpoints.register(**parts, clock=session.clock)
+    session.checkpoints.register(**parts, clock=session.clock, health=session.health)
     steps_before = 0
     for index, phase in enumerate(phases):
         if index >= position["phase"]:
             start = position["step"] if index == position["phase"] else 0
             if start == 0:
                 seed_all(derive_seed(session.seed, "phase", index), session.device)
+                session.health.begin(steps_of(phase, session))
             place = Place(index, index == len(phases) - 1, steps_before, start)
             _loop(phase)(phase, session, place)
             session.checkpoints.save(

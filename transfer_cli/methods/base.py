@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer_cli.backbones.weights import load_into
+from transfer_cli.data.inputs import InputSpec
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.domain_batchnorm import DomainSwitch
 from transfer_cli.methods.phases import Phase
@@ -65,6 +66,7 @@ class Context:
     source_model: Mapping[str, Tensor] | None = None  # the network of another run, from which this one's starts
     features: FeatureOptions = field(default_factory=FeatureOptions)
     make_head: Callable[[], Head] | None = None  # a new one each time; None: the method has no use for it
+    input: InputSpec | None = None  # what a sample is, for a method that looks at inputs themselves
 
     @property
     def outputs(self) -> int:
@@ -81,6 +83,9 @@ class Method(nn.Module):
     uses_head: ClassVar[bool] = False  # True: the group `head` is part of the configuration
     uses_strong: ClassVar[bool] = False  # True: the group `strong` is, the augmentation of strong views
     frozen_backbone: ClassVar[bool] = False  # True: never trained, so features are extracted once and kept
+    representation_only: ClassVar[bool] = False  # True: it predicts nothing, so another method must follow (`then`)
+    # The settings that it is made for: one that reads target inputs in another is run, after a word of warning.
+    label_spaces: ClassVar[tuple[str, ...]] = ("closed",)
 
     def phases(self) -> Sequence[Phase]:
         raise NotImplementedError
@@ -88,6 +93,10 @@ class Method(nn.Module):
     def features(self, x: Any) -> Tensor:
         """Inputs `(B, ...)` to the representation `(B, D)` that the method predicts from."""
         raise NotImplementedError
+
+    def features_source(self, x: Any) -> Tensor:
+        """The same for source samples, where a method treats the domains differently."""
+        return self.features(x)
 
     def predict(self, x: Any) -> Prediction:
         """Inputs `(B, ...)` to a distribution a sample."""
@@ -100,6 +109,13 @@ class Method(nn.Module):
     def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
         """The loss of granted target labels, which the gradient loop adds unless the method handles them."""
         raise NotImplementedError
+
+    def pictures(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Images that a method makes of some of either domain, all `(N, C, H, W)` in [0, 1], for the report to show.
+
+        Named `panel/row`; the n-th images of a panel's rows belong together.
+        """
+        return {}
 
 
 class Outputs(NamedTuple):
@@ -179,6 +195,9 @@ class NetworkMethod(Method):
 
     def features(self, x: Any) -> Tensor:
         return self.network.features(x)
+
+    def features_source(self, x: Any) -> Tensor:
+        return self.network.features(x, "source")
 
     def predict(self, x: Any) -> Prediction:
         return self.network.predict(x)

@@ -27,8 +27,14 @@ class Chain(Method):
     def features(self, x: Any) -> Tensor:
         return self.second.features(x)
 
+    def features_source(self, x: Any) -> Tensor:
+        return self.second.features_source(x)
+
     def predict(self, x: Any) -> Prediction:
         return self.second.predict(x)
 
     def predict_source(self, x: Any) -> Prediction:
         return self.second.predict_source(x)
+
+    def pictures(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return self.second.pictures(source, target)

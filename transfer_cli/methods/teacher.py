@@ -25,10 +25,24 @@ class Teacher(nn.Module):
         self.module.load_state_dict(student.state_dict())
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, decay: float) -> None:
-        """`w ← decay · w + (1 - decay) · w_student`; buffers, BatchNorm statistics among them, are the student's."""
+    def follow(self, student: nn.Module, decay: float, buffers: bool = True) -> None:
+        """`w ← decay · w + (1 - decay) · w_student`; buffers, BatchNorm statistics among them, are the student's, or, with
+        `buffers=False`, the teacher's own, of the batches that it has seen.
+        """
         own: list[Tensor] = list(self.module.parameters())
         new: list[Tensor] = list(student.parameters())
         torch._foreach_lerp_(own, new, 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
-            mine.copy_(theirs)
+        if buffers:
+            for mine, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
+                mine.copy_(theirs)
+
+
+class FrozenTeacher(Teacher):
+    """One that stays what it was copied from, and works in evaluation mode while the student trains."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__(student)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        return super().train(False)

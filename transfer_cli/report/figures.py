@@ -28,12 +28,13 @@ INCHES_A_CHARACTER = 0.08  # of a class name, generously
 NAMED_CLASSES = 30  # beyond them neither names nor numbers fit
 POINTS = 300  # with an interval each, for every output
 OUTPUTS = 4
+TILE = 0.5  # inches of an image and its gap
 NORMAL_95 = 1.959964  # half-width of a Gaussian's 95 % interval, in standard deviations
 
 
 def draw_figures(folder: RunFolder) -> None:
     """Write `figures/learning_curves.png` (where a curve has two points) and `figures/confusion_target_test.png`, or in
-    regression `figures/predicted_target_test.png`."""
+    regression `figures/predicted_target_test.png`; `figures/translations.png` where the method made pictures."""
     import numpy as np
 
     result, (curves, phases) = read_json(folder.result), _read_events(folder)
@@ -46,6 +47,8 @@ def draw_figures(folder: RunFolder) -> None:
         _save(_confusion(test, result), folder, "confusion_target_test.png")
     else:
         _save(_predicted(test, result), folder, "predicted_target_test.png")
+    if panels := _pictures(folder):
+        _save(_translations(panels, result), folder, "translations.png")
 
 
 def _read_events(folder: RunFolder) -> tuple[Curves, dict[str, int]]:
@@ -127,12 +130,23 @@ def _lines(axis: Axes, curves: Mapping[str, Curve], **style: Any) -> None:
 
 def _train_panel(axis: Axes, curves: Mapping[str, Curve], result: Mapping[str, Any]) -> None:
     _lines(axis, curves)
+    _log_scale(axis, curves)
+    axis.set_ylabel("training", fontsize=9)
+
+
+def _health_panel(axis: Axes, curves: Mapping[str, Curve], result: Mapping[str, Any]) -> None:
+    _lines(axis, curves)
+    _log_scale(axis, curves)
+    axis.set_ylabel("health", fontsize=9)
+
+
+def _log_scale(axis: Axes, curves: Mapping[str, Curve]) -> None:
+    """Where the values are positive and of several orders of magnitude."""
     everything = [value for _, values in curves.values() for value in values]
     if min(everything) > 0 and max(everything) > 50 * min(everything):
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")  # the default sets powers of ten as formulas, which takes long
         axis.yaxis.set_minor_formatter("")
-    axis.set_ylabel("training", fontsize=9)
 
 
 def _diagnostics_panel(axis: Axes, curves: Mapping[str, Curve], result: Mapping[str, Any]) -> None:
@@ -170,6 +184,7 @@ def _target_panel(axis: Axes, curves: Mapping[str, Curve], result: Mapping[str, 
 PANELS = {
     _train_panel: "train",
     _diagnostics_panel: "diagnostics",
+    _health_panel: "health",
     _validator_panel: "validators",
     _target_panel: "target_test",
 }
@@ -262,3 +277,49 @@ def _predicted(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Fig
 
 def _columns(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1)
+
+
+def _pictures(folder: RunFolder) -> dict[str, dict[str, np.ndarray]]:
+    """Images `(N, C, H, W)` uint8 that the method made, by panel and row."""
+    import numpy as np
+
+    panels: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    if folder.examples.exists():
+        with np.load(folder.examples) as arrays:
+            for name in arrays.files:
+                panel, slash, row = name.partition("/")
+                if slash:
+                    panels[panel][row] = arrays[name]
+    return panels
+
+
+def _translations(panels: Mapping[str, Mapping[str, np.ndarray]], result: Mapping[str, Any]) -> Figure:
+    """A row for each name, a column for each sample; every pixel a square, however large the images are."""
+    most = max(len(images) for rows in panels.values() for images in rows.values())
+    figure = _figure(1.1 + TILE * most, 0.5 + sum(0.35 + TILE * len(rows) for rows in panels.values()))
+    figure.suptitle(_title(result), fontsize=10, parse_math=False)
+    heights = [len(rows) for rows in panels.values()]
+    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axis, (panel, rows) in zip(axes, panels.items(), strict=True):
+        mosaic, middles = _mosaic(list(rows.values()))
+        axis.imshow(mosaic, interpolation="nearest")
+        axis.set_title(panel, fontsize=9, loc="left", parse_math=False)
+        axis.set_xticks([])
+        axis.set_yticks(middles, list(rows), fontsize=8.5, parse_math=False)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    return figure
+
+
+def _mosaic(rows: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
+    """One RGB image of rows of images with white gaps, and the middle of each row."""
+    import numpy as np
+
+    n, _, height, width = rows[0].shape
+    gap = max(1, width // 8)
+    mosaic = np.full((len(rows) * (height + gap) - gap, n * (width + gap) - gap, 3), 255, np.uint8)
+    for i, images in enumerate(rows):
+        for j, image in enumerate(images):
+            top, left = i * (height + gap), j * (width + gap)
+            mosaic[top : top + height, left : left + width] = image.transpose(1, 2, 0)  # grey fills three channels
+    return mosaic, [i * (height + gap) + (height - 1) / 2 for i in range(len(rows))]

@@ -5,16 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from transfer_cli.report.negative import LABEL_FREE, Verdict, verdicts
 from transfer_cli.report.runs import SEEDS, Record
-from transfer_cli.report.tables import Cell, Table
+from transfer_cli.report.tables import Pair, Row, Table
 
 TITLE = {
     "classification": "accuracy on the target test set, %: mean ± standard deviation (runs)",
     "regression": "RMSE on the target test set: mean ± standard deviation (runs)",
 }
 CSV_METRIC = {"classification": "accuracy_percent", "regression": "rmse"}
+WORSE, WORSE_LABEL_FREE = "↓", f"↓{LABEL_FREE}"
+MEANING = {
+    WORSE: "by this figure: negative transfer",
+    WORSE_LABEL_FREE: f"by {LABEL_FREE}, without target labels: negative transfer, or only less sure predictions",
+}
 
 
 def as_text(tables: Sequence[Table], records: Sequence[Record]) -> str:
@@ -47,9 +53,13 @@ def as_csv(tables: Sequence[Table], records: Sequence[Record]) -> str:
             "std",
             "runs",
             *(f"{key}s" for key in SEEDS),
+            "baseline",
+            "worse",
+            f"{LABEL_FREE}_worse",
         ]
     )
     for table in tables:
+        found = verdicts(table.cells)
         for row in table.rows:
             for pair in table.pairs:
                 cell = table.cells.get((row, pair))
@@ -59,7 +69,8 @@ def as_csv(tables: Sequence[Table], records: Sequence[Record]) -> str:
                         " ".join(str(seed) for seed in each) for each in zip(*(r.seeds for r in cell.runs), strict=True)
                     )
                     name = [row.method, " ".join(row.told), str(row.oracle).lower(), *pair]
-                    writer.writerow([*name, CSV_METRIC[table.kind], cell.mean, std, len(cell.runs), *seeds])
+                    worse = ["" if each is None else str(each).lower() for each in found.get((row, pair), [None] * 3)]
+                    writer.writerow([*name, CSV_METRIC[table.kind], cell.mean, std, len(cell.runs), *seeds, *worse])
     return file.getvalue()
 
 
@@ -71,10 +82,9 @@ FORMATS: dict[str, Callable[[Sequence[Table], Sequence[Record]], str]] = {
 
 
 def _text_table(table: Table) -> str:
-    names = [str(row) for row in table.rows]
+    names, found = [str(row) for row in table.rows], verdicts(table.cells)
     columns = [["", *names]] + [
-        [source, "-> " + target, *(_text(table.cells.get((row, (source, target))), table.kind) for row in table.rows)]
-        for source, target in table.pairs
+        [pair[0], "-> " + pair[1], *(_text(table, found, row, pair) for row in table.rows)] for pair in table.pairs
     ]
     columns[0].insert(0, "")
     widths = [max(len(text) for text in column) for column in columns]
@@ -87,19 +97,25 @@ def _text_table(table: Table) -> str:
 
 def _markdown_table(table: Table) -> str:
     header = ["method", *(f"{source} -> {target}" for source, target in table.pairs)]
-    lines = [header, ["---", *("---:" for _ in table.pairs)]]
+    lines, found = [header, ["---", *("---:" for _ in table.pairs)]], verdicts(table.cells)
     for row in table.rows:
-        lines.append([str(row), *(_text(table.cells.get((row, pair)), table.kind) for pair in table.pairs)])
+        lines.append([str(row), *(_text(table, found, row, pair) for pair in table.pairs)])
     rows = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
     return "\n".join([f"{TITLE[table.kind]}. {' '.join(f'`{text}`' for text in table.common)}", "", *rows])
 
 
-def _text(cell: Cell | None, kind: str) -> str:
+def _text(table: Table, found: Mapping[tuple[Row, Pair], Verdict], row: Row, pair: Pair) -> str:
+    cell, verdict = table.cells.get((row, pair)), found.get((row, pair))
     if cell is None:
         return "-"
-    digits = 1 if kind == "classification" else _decimals(cell.mean)
+    digits = 1 if table.kind == "classification" else _decimals(cell.mean)
     std = "" if math.isnan(cell.std) else f" ± {cell.std:.{digits}f}"
-    return f"{cell.mean:.{digits}f}{std} ({len(cell.runs)})"
+    signs = "".join(f" {sign}" for sign, worse in _signs(verdict).items() if worse)
+    return f"{cell.mean:.{digits}f}{std} ({len(cell.runs)}){signs}"
+
+
+def _signs(verdict: Verdict | None) -> dict[str, bool]:
+    return {} if verdict is None else {WORSE: verdict.figure, WORSE_LABEL_FREE: bool(verdict.label_free)}
 
 
 def _decimals(value: float) -> int:
@@ -112,8 +128,16 @@ def _remarks(tables: Sequence[Table], records: Sequence[Record]) -> Iterator[tup
     failed = [f"{r.path}  {r.error or 'no reason was recorded'}" for r in records if r.state == "failed"]
     unfinished = [f"{r.path}  {r.state}" for r in records if r.state not in ("failed", "finished")]
     older = [str(path) for table in tables for path in table.older]
+    found = [verdict for table in tables for verdict in verdicts(table.cells).values()]
+    warned = [f"{r.path}  {text}" for r in records if r.run is not None for text in r.run.warnings]
+    for sign, how in MEANING.items():
+        worse = sorted({verdict.baseline for verdict in found if _signs(verdict)[sign]}, reverse=True)
+        if worse:
+            yield f"{sign} worse than {' or '.join(worse)} with the same settings, {how}", []
     if any(row.oracle for table in tables for row in table.rows):
         yield "(oracle): target test labels chose the checkpoint, so these are upper bounds, not results", []
+    if warned:
+        yield "training went wrong (docs/health.md)", warned
     if failed:
         yield "failed (retry_failed=true runs them again)", failed
     if unfinished:

@@ -11,6 +11,7 @@ A table is a YAML file (`conf/table/NAME.yaml`):
     compare: within | at_least                   # at_least: only a figure below published - tolerance is a miss
     figure: selected | oracle                    # of the chosen checkpoint, or the best by target labels
     tolerance: points                            # or one sample of the target test set, whichever is larger
+    skip_unpublished: true                       # cells without a published figure are not run
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 from transfer_cli.errors import TransferError, check_choice, suggest
 
 KEYS = {
-    "title", "citation", "needs", "note", "slow", "protocol", "repeat", "columns", "rows", "compare", "figure", "tolerance"
+    "title", "citation", "needs", "note", "slow", "protocol", "repeat", "columns", "rows", "compare", "figure", "tolerance",
+    "skip_unpublished",
 }  # fmt: skip
 ROW_KEYS = {"method", "overrides", "cells", "published", "tolerance", "counts", "repeat"}
 
@@ -53,6 +55,10 @@ class PublishedTable:
     rows: tuple[Row, ...]
     compare: str
     figure: str
+    skip_unpublished: bool = False
+
+    def to_run(self, row: Row, column: str) -> bool:
+        return not (self.skip_unpublished and row.published.get(column) is None)
 
     def overrides(self, row: Row, column: str) -> list[list[str]]:
         """Of each run of a cell, in the order in which they take effect."""
@@ -146,6 +152,7 @@ def parse(name: str, content: Any) -> PublishedTable:
         tuple(rows),
         check_choice(content.get("compare", "within"), ("within", "at_least"), f"table {name}: compare"),
         check_choice(content.get("figure", "selected"), ("selected", "oracle"), f"table {name}: figure"),
+        bool(content.get("skip_unpublished", False)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Run:
     seeds: tuple[int, ...]
     figure: float  # on the target test set: accuracy in percent, or RMSE
     settings: Settings
+    scores: Mapping[str, float] = field(default_factory=dict)  # of the label-free validators
+    warnings: tuple[str, ...] = ()  # of training that went wrong, in words
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def _run_folders(path: Path) -> Iterator[Path]:
             yield Path(folder).resolve()
 
 
+def read_run(path: Path) -> Run | None:
+    """The run in a folder, if it is finished and readable."""
+    return _read(RunFolder(path)).run
+
+
 def _read(folder: RunFolder) -> Record:
     status, state = read_json(folder.status) or {}, folder.state()
     if state != "finished":
@@ -118,6 +125,8 @@ def _run(path: Path, time: str, result: Mapping[str, Any], config: Mapping[str, 
         seeds=tuple(result[key] for key in SEEDS),
         figure=100 * figure if result["kind"] == "classification" else figure,
         settings=settings,
+        scores=result.get("validators", {}),
+        warnings=tuple(warning["text"] for warning in result.get("health", {}).get("warnings", ())),
     )
 
 

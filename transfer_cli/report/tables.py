@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from transfer_cli.errors import TransferError
+from transfer_cli.report.negative import warning_lines
 from transfer_cli.report.runs import DATA, DEFAULT_FOLDER, Record, Run, damage, short
 from transfer_cli.run_folder import HEADLINE
 
@@ -34,21 +35,25 @@ def result_lines(result: Mapping[str, Any] | None, path: Path) -> list[str]:
     figures = _classification_figures if result["kind"] == "classification" else _regression_figures
     metrics = {split: result["metrics"].get(split) for split in ("source_test", "target_test")}
     rows = {split: figures(values) for split, values in metrics.items() if values}
-    widths = {name: max(5, len(name), *(len(row[name]) for row in rows.values())) for name in rows["target_test"]}
+    names = rows["target_test"]
+    widths = {name: max(5, len(name), *(len(row.get(name, "")) for row in rows.values())) for name in names}
     lines = ["             " + "".join(f"  {name:>{width}}" for name, width in widths.items())]
     for split, row in rows.items():
         lines.append(
-            f"{split.replace('_', ' '):13}" + "".join(f"  {row[name]:>{width}}" for name, width in widths.items())
+            f"{split.replace('_', ' '):13}"
+            + "".join(f"  {row.get(name, ''):>{width}}" for name, width in widths.items())
         )
-    return [*lines, _checkpoint_line(result), _folder_line(path)]
+    return [*lines, _checkpoint_line(result), *warning_lines(result, path), _folder_line(path)]
 
 
 def _classification_figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    open_set = {"OS*": "os_star", "unknown": "unknown_accuracy", "HOS": "hos"}
     return {
         "accuracy": _percent(metrics["accuracy"]),
         "macro-F1": _percent(metrics["macro_f1"]),
         "NLL": f"{metrics['nll']:.3f}",
         "ECE": f"{metrics['ece']:.3f}",
+        **{name: _percent(metrics[key]) for name, key in open_set.items() if key in metrics},
     }
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfer_cli.methods.adversarial.perceptron import perceptron
+
 
 class _Reverse(torch.autograd.Function):
     @staticmethod
@@ -30,18 +32,23 @@ class DomainDiscriminator(nn.Module):
 
     def __init__(self, width: int, hidden: int, hidden_layers: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for _ in range(hidden_layers):
-            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
-            width = hidden
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.layers = perceptron(width, hidden, 1, hidden_layers, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)[:, 0]
 
 
-def domain_loss(source_logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy over both domains (each its own mean, halved), and the discriminator's accuracy."""
-    loss = 0.5 * (F.softplus(-source_logits).mean() + F.softplus(target_logits).mean())
+def domain_loss(
+    source_logits: Tensor,
+    target_logits: Tensor,
+    source_weights: Tensor | float = 1.0,
+    target_weights: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy over both domains (each its own mean, halved), and the discriminator's accuracy.
+
+    `source_weights` and `target_weights` `(B,)`: factors of the samples' losses.
+    """
+    on_source, on_target = F.softplus(-source_logits), F.softplus(target_logits)
+    loss = 0.5 * ((source_weights * on_source).mean() + (target_weights * on_target).mean())
     accuracy = 0.5 * ((source_logits > 0).float().mean() + (target_logits <= 0).float().mean())
     return loss, accuracy.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ def entropies(logits: Tensor) -> Tensor:
 
 def marginal_entropy(logits: Tensor) -> Tensor:
     """Of the mean prediction, 0-dim: low where a batch falls on few classes."""
-    return torch.special.entr(_precise(logits).softmax(1).mean(0)).sum()
+    # In logarithms: at a class whose every probability underflows, the entropy's slope would be infinite.
+    log_mean = _precise(logits).log_softmax(1).logsumexp(0) - math.log(len(logits))
+    return -(log_mean.exp() * log_mean).sum()
 
 
 def _precise(logits: Tensor) -> Tensor:

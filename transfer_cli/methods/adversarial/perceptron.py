@@ -1,0 +1,16 @@
+"""The multilayer perceptron that discriminators, critics and heads are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def perceptron(width: int, hidden: int, outputs: int, hidden_layers: int = 1, dropout: float = 0.0) -> nn.Sequential:
+    """`(B, width)` to `(B, outputs)`: `hidden_layers` of `hidden` units with ReLU and dropout, then a linear one; with
+    `hidden` 0 the linear one alone.
+    """
+    layers: list[nn.Module] = []
+    for _ in range(hidden_layers if hidden else 0):
+        layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
