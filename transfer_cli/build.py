@@ -94,8 +94,9 @@ def build_method(
         TransferError: the task lacks what the method needs.
     """
     chosen = [components[group] for group in ("method", "then") if group in components]
-    for component in chosen:
-        check_needs(component, shape, trained or config.source_model is not None)
+    for component in chosen:  # the first alone starts from another run's network
+        starts_there = config.source_model is not None and component is chosen[0]
+        check_needs(component, shape, trained or starts_there)
     if config.source_model is not None and chosen[0].implementation.frozen_backbone:  # type: ignore[attr-defined]
         raise TransferError(
             f"method {chosen[0].name} has no network that could start from source_model: "

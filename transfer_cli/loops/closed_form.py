@@ -11,8 +11,7 @@ def run_closed_form(phase: ClosedForm, session: Session, place: Place) -> None:
     session.console.start(phase.name, 0, 1)
     session.method.eval()
     figures = phase.fit(feature_task(session, phase.owner or session.method, phase.parts))
-    if session.average is not None:
-        session.average.module.load_state_dict(session.method.state_dict())
+    session.restart_average()
     if figures:
         session.metrics.write(step=place.steps_before, phase=phase.name, split="diagnostics", values=figures)
         told = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())

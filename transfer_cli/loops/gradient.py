@@ -33,6 +33,7 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
     steps = steps_of(phase, session)
     if place.start == 0 and phase.on_start is not None:
         phase.on_start()
+        session.restart_average()
     optimizers = [_optimizer(update, session) if update.moves else None for update in phase.updates]
     scaler = torch.amp.GradScaler(session.device.type, enabled=trainer.precision == "16")
     record, losses = StepRecord(), set[str]()
@@ -50,6 +51,7 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
             progress = Progress(step, steps)
             if phase.refresh is not None and step % refresh_every == 0:
                 phase.refresh.fit(feature_task(session, phase.owner or method, phase.refresh.parts))
+                session.follow_buffers()
                 method.train()
             batch = next(batches)
             stepper.measure = (step + 1) % trainer.log_every == 0  # a norm costs a little, and nobody reads every one
@@ -230,5 +232,5 @@ def _log(
         others = {name: value for name, value in values.items() if name not in losses}
         if others:
             session.metrics.write(step=step, phase=phase.name, split="diagnostics", values=others)
-        session.console.advance(done, values)
         session.health.interval(step, phase.name, done, terms, others)
+    session.console.advance(done, values)

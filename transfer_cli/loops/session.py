@@ -80,6 +80,19 @@ class Session:
         """The weights that are evaluated and kept: the running average where there is one."""
         return self.method if self.average is None else self.average.module  # type: ignore[return-value]
 
+    def restart_average(self) -> None:
+        """The running average from the weights as they are: what a phase copies at its start is not to lag behind."""
+        if self.average is not None:
+            self.average.module.load_state_dict(self.method.state_dict())
+            self.average.n_averaged.zero_()
+
+    def follow_buffers(self) -> None:
+        """The average takes on buffers that were found, whatever their number and shape."""
+        if self.average is not None:
+            averaged = dict(self.average.module.named_parameters())
+            state = self.method.state_dict()
+            self.average.module.load_state_dict({key: averaged.get(key, value) for key, value in state.items()})
+
     def augmentation(self, view: str, part: str) -> Augment | None:
         """That of a view (`weak` or `strong`) of a part; None where it changes nothing."""
         if view == "strong":

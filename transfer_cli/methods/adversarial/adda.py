@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.adversarial.gradient_reversal import DomainDiscriminator, domain_loss
-from transfer_cli.methods.base import Context, Needs, Network
+from transfer_cli.methods.base import Context, Needs
 from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress, Update
-from transfer_cli.methods.source_free import SourceFree, refuse_domain_batchnorm
-from transfer_cli.methods.teacher import Teacher
+from transfer_cli.methods.source_first import SourceFirst, refuse_domain_batchnorm
+from transfer_cli.methods.teacher import FrozenTeacher
 
 
-class ADDA(SourceFree):
+class ADDA(SourceFirst):
     needs = Needs(source_labels=True, target_inputs=True)  # its second phase reads the source's inputs
 
     def __init__(
@@ -41,16 +42,14 @@ class ADDA(SourceFree):
         super().__init__(context, source_steps)
         self.discriminator_lr, self.encoder_lr = discriminator_lr, encoder_lr
         self.discriminator = DomainDiscriminator(self.network.feature_dim, hidden)
-        self.source = Frozen(self.network)  # M_s and C
+        self.source = FrozenTeacher(self.network)  # M_s and C
 
     def phases(self) -> list[Gradient]:
         encoder = Moves.of(self.network.backbone, self.network.bottleneck, lr_scale=self.encoder_lr)
         discriminator = Moves.of(self.discriminator, lr_scale=self.discriminator_lr, player="discriminator")
         # The encoder's comes first because the first update is the one that learns from granted labels.
         updates = [Update(self.encoder_losses, [encoder]), Update(self.discriminator_losses, [discriminator])]
-        source = self.source_phases(
-            predicts=False
-        )  # source samples are predicted by the copy that the second phase makes
+        source = self.source_phases(predicts=False)  # source samples are predicted by the second phase's copy
         return [*source, Gradient("adapt", updates, on_start=lambda: self.source.copy(self.network))]
 
     def encoder_losses(self, batch: Batch, progress: Progress) -> Losses:
@@ -65,15 +64,8 @@ class ADDA(SourceFree):
         domain, accuracy = domain_loss(self.discriminator(source), self.discriminator(target))
         return Losses({"domain": domain}, {"discriminator_accuracy": accuracy})
 
+    def features_source(self, x: Any) -> Tensor:
+        return self.source(x, "source").features
+
     def predict_source(self, x: Any) -> Prediction:
-        return self.source.module.predict(x, "source")
-
-
-class Frozen(Teacher):
-    """A copy that is always in evaluation mode, so that its BatchNorm statistics stay too."""
-
-    module: Network
-
-    def train(self, mode: bool = True) -> Frozen:
-        super().train(False)
-        return self
+        return self.source.module.predict(x, "source")  # type: ignore[operator]

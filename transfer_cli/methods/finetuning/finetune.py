@@ -20,7 +20,7 @@ from transfer_cli.backbones.base import Backbone
 from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Context, Needs, NetworkMethod, Outputs
 from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Phase, Progress, Update
-from transfer_cli.methods.source_free import refuse_domain_batchnorm
+from transfer_cli.methods.source_first import refuse_domain_batchnorm
 
 
 class FineTune(NetworkMethod):

@@ -23,10 +23,10 @@ from torch import Tensor
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.math.entropies import entropies, marginal_entropy
 from transfer_cli.methods.phases import Batch, FeatureTask, Gradient, Losses, Moves, Progress, Refresh, Update
-from transfer_cli.methods.source_free import SourceFree, refuse_domain_batchnorm
+from transfer_cli.methods.source_first import SourceFirst, refuse_domain_batchnorm
 
 
-class SHOT(SourceFree):
+class SHOT(SourceFirst):
     kinds = ("classification",)
     centroids: Tensor
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.phases import Batch, Gradient, Losses, Progress, Update
-from transfer_cli.methods.source_free import SourceFree
+from transfer_cli.methods.source_first import SourceFirst
 
 
-class AdaBN(SourceFree):
+class AdaBN(SourceFirst):
     def __init__(self, context: Context, *, statistics_steps: int = 50, source_steps: int | None = None) -> None:
         super().__init__(replace(context, domain_batches="domain_specific"), source_steps)
         assert self.network.switch is not None

@@ -18,10 +18,10 @@ from transfer_cli.methods.base import Context
 from transfer_cli.methods.domain_batchnorm import BATCHNORMS
 from transfer_cli.methods.math.entropies import entropies
 from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress, Update
-from transfer_cli.methods.source_free import SourceFree, refuse_domain_batchnorm
+from transfer_cli.methods.source_first import SourceFirst, refuse_domain_batchnorm
 
 
-class Tent(SourceFree):
+class Tent(SourceFirst):
     kinds = ("classification",)
 
     def __init__(

@@ -10,7 +10,7 @@ from transfer_cli.methods.base import Context, Needs, NetworkMethod
 from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress, Update
 
 
-class SourceFree(NetworkMethod):
+class SourceFirst(NetworkMethod):
     """Supervised training on the source comes first, or another run's network (`source_model`) in its place; that run's
     source is then not needed. `smoothing`: of the source's labels.
     """
