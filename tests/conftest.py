@@ -20,6 +20,12 @@ SMALL = ["experiment=smoke", "threads=1", "device=cpu"]
 """Overrides of a run that takes a second."""
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test does not depend on those before it."""
+    torch.manual_seed(0)
+
+
 @dataclass
 class Outcome:
     code: int

@@ -20,9 +20,10 @@ from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.evaluation.validators import View
 from transfer_cli.loops.health import INTERVALS, Health
 from transfer_cli.loops.metrics_log import StepRecord
+from transfer_cli.report.closing import result_lines
 from transfer_cli.report.negative import verdicts
 from transfer_cli.report.runs import collect
-from transfer_cli.report.tables import aggregate, result_lines
+from transfer_cli.report.tables import aggregate
 from transfer_cli.run_folder import read_json, write_json
 
 Transfer = Callable[..., Outcome]

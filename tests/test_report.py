@@ -15,9 +15,10 @@ import yaml
 
 from transfer_cli.commands import report
 from transfer_cli.errors import TransferError
+from transfer_cli.report.closing import result_lines
 from transfer_cli.report.figures import draw_figures
 from transfer_cli.report.runs import collect
-from transfer_cli.report.tables import aggregate, result_lines
+from transfer_cli.report.tables import aggregate
 from transfer_cli.run_folder import RunFolder, write_json
 
 PNG = b"\x89PNG\r\n"

@@ -65,6 +65,16 @@ def test_a_table_of_ones_own_runs_and_is_found_again(
     assert results == {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("result.json")}
 
 
+def test_cells_without_a_figure_are_not_run_where_the_table_says_so(
+    transfer: Transfer, own_table: Callable[..., None], tmp_path: Path
+) -> None:
+    row = {**SMALL["rows"]["1-NN"], "published": [100.0, None]}  # type: ignore[index]
+    own_table({**SMALL, "rows": {"1-NN": row}, "skip_unpublished": True})
+    outcome = transfer("reproduce", "mine")
+    assert outcome.code == 0 and "1 of 1 cells" in outcome.out, outcome.err
+    assert len(list((tmp_path / "outputs").rglob("result.json"))) == 1
+
+
 def test_a_cell_that_fails_is_a_miss_with_its_reason(transfer: Transfer, own_table: Callable[..., None]) -> None:
     own_table({**SMALL, "columns": {"a": ["target.nois=1"], "b": []}})
     outcome = transfer("reproduce", "mine")

@@ -35,7 +35,7 @@ def test_a_run_leaves_its_whole_folder(transfer: Transfer) -> None:
     assert result["selection"]["validator"] == "im" and result["selection"]["uses_target_labels"] is False
     assert result["steps"] == 40 and set(result["seconds"]) == {"load", "fit", "evaluate"}
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {e["split"] for e in events} == {"train", "diagnostics", "validators", "target_test"}
+    assert {e["split"] for e in events} == {"train", "diagnostics", "health", "validators", "target_test"}
     train = [e for e in events if e["split"] == "train"]
     assert [e["step"] for e in train] == [10, 20, 30, 40]
     assert set(train[0]["values"]) == {"supervised", "domain"}

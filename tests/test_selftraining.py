@@ -130,9 +130,7 @@ def test_pseudo_label_adds_its_own_sure_predictions_under_a_ramp() -> None:
         q = method.network(batch.target).logits.softmax(1).numpy()
     sure = q.max(1) >= 0.55
     assert 0 < sure.sum() < len(q), "the case is of both kinds"
-    wanted = -np.log(q.max(1))[sure].sum() / len(
-        q
-    )  # the label is the most probable class: minus its own log probability
+    wanted = -np.log(q.max(1))[sure].sum() / len(q)  # the most probable class: minus its own log probability
     assert float(losses.terms["pseudo_label"].detach()) == pytest.approx(1.0 * wanted, rel=1e-5)
     assert float(losses.diagnostics["used"]) == pytest.approx(sure.mean())
     # the label is held fixed: d/dz of -log q_max is q - onehot

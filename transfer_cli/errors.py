@@ -13,8 +13,9 @@ class TransferError(Exception):
 
 def suggest(word: str, options: Iterable[str]) -> str:
     """` Did you mean 'x'?`, or the empty string where nothing comes close."""
-    names = {str(option).lower(): str(option) for option in options}
-    close = get_close_matches(str(word).lower(), names, n=1, cutoff=0.5)
+    names, typed = {str(option).lower(): str(option) for option in options}, str(word).lower()
+    swapped = [name for name in names if sorted(name) == sorted(typed)]  # the commonest slip
+    close = swapped or get_close_matches(typed, names, n=1, cutoff=0.5)
     return f" Did you mean '{names[close[0]]}'?" if close else ""
 
 

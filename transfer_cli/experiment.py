@@ -19,8 +19,8 @@ from transfer_cli.loops.console import Console
 from transfer_cli.loops.devices import choose_device, reproducible, use_threads
 from transfer_cli.loops.interrupt import Interrupt
 from transfer_cli.loops.session import make_session, run_phases
+from transfer_cli.report.closing import result_lines
 from transfer_cli.report.figures import draw_figures
-from transfer_cli.report.tables import result_lines
 from transfer_cli.run_folder import RunFolder, read_json
 
 

@@ -50,7 +50,7 @@ class Component:
         TransferError: a value that the implementation refuses."""
         try:
             return self.implementation(*arguments, **self.parameters)
-        except (ValueError, RuntimeError) as error:  # the latter from layers of an impossible width
+        except ValueError as error:
             raise TransferError(f"{self.group} '{self.name}': {error}") from error
 
 

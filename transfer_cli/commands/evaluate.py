@@ -6,7 +6,7 @@ import argparse
 
 from transfer_cli.config.compose import load_run, resolve_components
 from transfer_cli.errors import TransferError
-from transfer_cli.report.tables import result_lines
+from transfer_cli.report.closing import result_lines
 from transfer_cli.run_folder import read_json
 
 TOLERANCE = 1e-5  # between machines and devices; on the same one the figures are equal

@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from transfer_cli.report.runs import Run, read_run, short
+from transfer_cli.report.tables import Cell, Pair, Row
 from transfer_cli.run_folder import HEADLINE
-
-if TYPE_CHECKING:
-    from transfer_cli.report.tables import Cell, Pair, Row
 
 LABEL_FREE = "im"  # the score that compares without target labels: blind neither to unsure nor to collapsed predictions
 FROZEN, TRAINED = "no_adaptation", "source_only"

@@ -1,4 +1,4 @@
-"""What runs came to, in figures: the lines that end one run, and the table of many. Standard library only.
+"""What many runs came to, as a table. Standard library only.
 
 A cell of the table averages runs that differ in their seeds and in nothing else. A row is named by its method and,
 where that is not enough, by the settings that tell it apart, written as on the command line.
@@ -13,88 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from transfer_cli.errors import TransferError
-from transfer_cli.report.negative import warning_lines
-from transfer_cli.report.runs import DATA, DEFAULT_FOLDER, Record, Run, damage, short
-from transfer_cli.run_folder import HEADLINE
+from transfer_cli.report.runs import DATA, Record, Run
 
 # Told in every row as soon as they differ anywhere in the table; other settings where they differ within a pair.
 MAIN_SETTINGS = ("backbone", "target_labels", "protocol", "label_space", "selection")
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
-
-
-def result_lines(result: Mapping[str, Any] | None, path: Path) -> list[str]:
-    """The lines that end a run: its figures, where its checkpoint comes from, its folder.
-
-    Raises:
-        TransferError: `result` is not what this version writes.
-    """
-    if (problem := damage(result)) or result is None:
-        raise TransferError(f"{problem} in {path}: force=true runs it again.")
-    figures = _classification_figures if result["kind"] == "classification" else _regression_figures
-    metrics = {split: result["metrics"].get(split) for split in ("source_test", "target_test")}
-    rows = {split: figures(values) for split, values in metrics.items() if values}
-    names = rows["target_test"]
-    widths = {name: max(5, len(name), *(len(row.get(name, "")) for row in rows.values())) for name in names}
-    lines = ["             " + "".join(f"  {name:>{width}}" for name, width in widths.items())]
-    for split, row in rows.items():
-        lines.append(
-            f"{split.replace('_', ' '):13}"
-            + "".join(f"  {row.get(name, ''):>{width}}" for name, width in widths.items())
-        )
-    return [*lines, _checkpoint_line(result), *warning_lines(result, path), _folder_line(path)]
-
-
-def _classification_figures(metrics: Mapping[str, float]) -> dict[str, str]:
-    open_set = {"OS*": "os_star", "unknown": "unknown_accuracy", "HOS": "hos"}
-    return {
-        "accuracy": _percent(metrics["accuracy"]),
-        "macro-F1": _percent(metrics["macro_f1"]),
-        "NLL": f"{metrics['nll']:.3f}",
-        "ECE": f"{metrics['ece']:.3f}",
-        **{name: _percent(metrics[key]) for name, key in open_set.items() if key in metrics},
-    }
-
-
-def _regression_figures(metrics: Mapping[str, float]) -> dict[str, str]:
-    return {
-        "RMSE": f"{metrics['rmse']:.4g}",
-        "R²": f"{metrics['r2']:.3f}",
-        "NLL": f"{metrics['nll']:.3f}",
-        "CRPS": f"{metrics['crps']:.4g}",
-        "95 % coverage": _percent(metrics["coverage_95"]),
-    }
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _checkpoint_line(result: Mapping[str, Any]) -> str:
-    selection, oracle = result["selection"], result["selection"]["oracle"]
-    if selection["candidates"] == 1:
-        what = f"step {selection['step']:,}" if selection["step"] else "the closed-form fit"
-        return f"checkpoint: {what}, with nothing to choose from"
-    step = f"checkpoint: step {selection['step']:,}"
-    if selection["uses_target_labels"]:
-        return f"{step}, chosen by {selection['validator']} with target labels: an upper bound, not a result"
-    last = selection["validator"] == "last"
-    how = "the last" if last else f"chosen by {selection['validator']} without target labels"
-    headline = HEADLINE[result["kind"]]
-    best = abs(oracle["score"])  # accuracy, or minus the RMSE
-    if oracle["step"] == selection["step"] or math.isclose(
-        best, result["metrics"]["target_test"][headline], rel_tol=1e-6
-    ):
-        return f"{step}, {how} (target labels would have found none better)"
-    shown = _percent(best) if headline == "accuracy" else f"RMSE {best:.4g}"
-    return f"{step}, {how} (the best by target labels would have been step {oracle['step']:,}, {shown})"
-
-
-def _folder_line(path: Path) -> str:
-    runs = path.parent.parent
-    argument = "" if runs.resolve() == DEFAULT_FOLDER.resolve() else f" {short(runs)}"
-    return f"{short(path)}        next: transfer report{argument}"
 
 
 class Row(NamedTuple):

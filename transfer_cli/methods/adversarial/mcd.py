@@ -76,7 +76,7 @@ class MCD(NetworkMethod):
     def features_losses(self, batch: Batch, progress: Progress) -> Losses:
         assert batch.source is not None
         with keep_statistics(self.network):
-            _, target = self.network.both(batch.source.x, batch.target)
+            target = self.network.target_of_both(batch.source.x, batch.target)
         return Losses({"features_discrepancy": self.weight * self.discrepancy(target.features)})
 
     def log_probs(self, features: Tensor) -> list[Tensor]:

@@ -8,7 +8,12 @@ from torch import nn
 def perceptron(width: int, hidden: int, outputs: int, hidden_layers: int = 1, dropout: float = 0.0) -> nn.Sequential:
     """`(B, width)` to `(B, outputs)`: `hidden_layers` of `hidden` units with ReLU and dropout, then a linear one; with
     `hidden` 0 the linear one alone.
+
+    Raises:
+        ValueError: a width that no layer has.
     """
+    if hidden < 0 or outputs < 1:
+        raise ValueError(f"a layer has at least one unit: not hidden={hidden} and {outputs} outputs")
     layers: list[nn.Module] = []
     for _ in range(hidden_layers if hidden else 0):
         layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
