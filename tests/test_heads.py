@@ -22,6 +22,7 @@ from transfer_cli.methods.heads.knn import KNN
 from transfer_cli.methods.heads.logistic import Logistic
 from transfer_cli.methods.heads.ridge import Ridge
 from transfer_cli.methods.heads.svm import SVM
+from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
 from transfer_cli.methods.math.temperature import fit_temperature
 from transfer_cli.methods.phases import Features, FeatureTask
 
@@ -259,3 +260,12 @@ def test_bad_input_is_told_in_one_line(make: Any, said: str) -> None:
     with pytest.raises(TransferError) as caught:
         make()
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("fit", [fit_logistic, fit_ridge])
+def test_a_negative_penalty_is_refused(fit: Any) -> None:
+    x, y = blobs()
+    weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
+    arguments = (x, y, 3, -1.0, weights) if fit is fit_logistic else (x, y[:, None].double(), -1.0, weights)
+    with pytest.raises(TransferError, match="is not negative: -1.0"):
+        fit(*arguments)

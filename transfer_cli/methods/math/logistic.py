@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
+from transfer_cli.errors import TransferError
+
 
 def standardising(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation `(D,)` of each feature; a constant one stays as it is."""
@@ -26,7 +28,10 @@ def fit_logistic(
         x, y, weights: `(N, D)`, `(N,)`, `(N,)`; the weights of all samples should sum to about one.
     Returns:
         `W` `(K, D)` and `b` `(K,)`, float64, on the device of `x`.
+    Raises:
+        TransferError: a negative penalty, which has no optimum.
     """
+    _check_penalty(l2)
     x, weights = x.double(), weights.double()
     n_weights = num_classes * x.shape[1]
     own = (F.one_hot(y, num_classes) * weights[:, None]).T.contiguous()  # (K, N): products are fastest this way round
@@ -53,7 +58,10 @@ def fit_ridge(x: Tensor, y: Tensor, l2: float, weights: Tensor) -> tuple[Tensor,
 
     Returns:
         `W` `(T, D)`, `b` `(T,)` and the weighted residual variance `(T,)`.
+    Raises:
+        TransferError: a negative penalty.
     """
+    _check_penalty(l2)
     x, y = x.double(), y.double()
     l2, weights = l2 / float(weights.sum()), weights.double() / weights.sum()
     mean_x, mean_y = weights @ x, weights @ y
@@ -63,3 +71,8 @@ def fit_ridge(x: Tensor, y: Tensor, l2: float, weights: Tensor) -> tuple[Tensor,
     b = mean_y - w @ mean_x
     variance = weights @ (y - x @ w.T - b).square()
     return w, b, variance
+
+
+def _check_penalty(l2: float) -> None:
+    if l2 < 0:
+        raise TransferError(f"a head's l2 penalty is not negative: {l2} has no optimum.")
