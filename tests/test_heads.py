@@ -267,5 +267,5 @@ def test_a_negative_penalty_is_refused(fit: Any) -> None:
     x, y = blobs()
     weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
     arguments = (x, y, 3, -1.0, weights) if fit is fit_logistic else (x, y[:, None].double(), -1.0, weights)
-    with pytest.raises(TransferError, match="is not negative: -1.0"):
+    with pytest.raises(TransferError, match="is not negative"):
         fit(*arguments)
