@@ -782,7 +782,7 @@ def test_the_key_holds_all_that_features_depend_on_and_nothing_else(
     others = [
         ["backbone.weights=none"], ["backbone.weights=none", "seed=1"], [f"backbone.weights={tmp_path}/others.pt"],
         ["backbone.weights=none", "image.size=20"], ["trainer.precision='bf16'"], ["trainer.eval_batch_size=8"],
-        [f"source.path={tmp_path}/field.npz"], ["trainer.channels_last=true"],
+        [f"source.path={tmp_path}/field.npz"], ["trainer.channels_last=false"],
     ]  # fmt: skip
     assert len({key, *(key_of(config, *other) for other in others)}) == 1 + len(others)
 

@@ -145,7 +145,7 @@ def test_predictions_of_the_command_are_those_of_the_run(transfer: Transfer) -> 
         ["method=source_only", "target_labels=3"],
         ["method=deep_coral", "method.layer=features", "method.weight=10"],
         ["method=dann", "trainer.domain_batches=joint", "trainer.ema=0.9", "trainer.clip_norm=1"],
-        ["method=dann", "trainer.precision=bf16", "trainer.channels_last=true", "optimizer=adamw", "schedule=cosine"],
+        ["method=dann", "trainer.precision=bf16", "trainer.channels_last=false", "optimizer=adamw", "schedule=cosine"],
         ["method=linear_probe", "target_labels=5"],
         ["method=l2_sp", "target_labels=5", "method.alpha=0.2", "method.layer_decay=0.5", "schedule.warmup=0.1"],
         ["method=dann", "protocol=transductive", "selection=oracle", "bottleneck=32", "augment=none"],

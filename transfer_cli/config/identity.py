@@ -17,7 +17,7 @@ from typing import Any
 from transfer_cli.config.schema import COMPONENTS, FILES, OUTSIDE_IDENTITY, Config
 from transfer_cli.registry import PACKAGE, Component, keyword_schema, names_a_file
 
-MACHINERY_VERSION = 1  # raised when the splits, loops or metrics change the numbers of every run
+MACHINERY_VERSION = 2  # raised when the splits, loops or metrics change the numbers of every run
 
 
 @dataclass(frozen=True)

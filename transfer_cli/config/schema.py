@@ -67,7 +67,7 @@ class Trainer:
     log_every: int = 20
     clip_norm: float | None = None
     precision: str = "32"  # 32 | bf16 | 16
-    channels_last: bool = False
+    channels_last: bool = True
     compile: bool = False
     ema: float | None = None  # decay of the average of weights that is evaluated and kept
     # joint: one forward over both domains (shared BatchNorm statistics) | separate | domain_specific: BatchNorm layers of each
