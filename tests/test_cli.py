@@ -156,6 +156,9 @@ def test_domains_that_do_not_fit_are_refused_with_the_way_out(transfer: Transfer
     fewer = transfer("run", *vectors, "source.path=a.npz", "target.path=b.npz")
     assert fewer.code == 2 and "label_space=partial" in fewer.err
     assert transfer("run", *vectors, "source.path=a.npz", "target.path=b.npz", "label_space=partial").code == 0
+    assert transfer("run", *vectors, "source.path=a.npz", "target.path=b.npz", "subset.source_classes=[0,1]").code == 0
+    absent = transfer("run", *vectors, "source.path=a.npz", "target.path=b.npz", "subset.source_classes=[0,7]")
+    assert absent.code == 2 and "a has no class 7; its classes are 0, 1, 2." in absent.err
     wider = transfer("run", *vectors, "source.path=a.npz", "target.path=c.npz")
     assert wider.code == 2 and "differ in width" in wider.err
     kinds = transfer("run", *vectors, "source.path=a.npz", "target=digits", "label_space=open")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from transfer_cli.data.domain import Domain, Kind, Part, numbered
+from transfer_cli.data.domain import Domain, Kind, Part, keep_classes, numbered
 from transfer_cli.data.inputs import ArrayInputs
 from transfer_cli.data.task import UNKNOWN, Heldout, LabelSpace, TaskShape, TransferTask, match_labels, split_pair
 from transfer_cli.errors import TransferError
@@ -377,3 +377,25 @@ def test_a_number_of_source_samples_per_class_is_kept_and_nothing_else_changes()
         domain("s"), domain("t"), subset={**NO_SUBSET, "source_per_class": 5}, validation_share=0.0, data_seed=7
     )[0]
     assert again.source is not None and again.source.ids != few.source.ids
+
+
+def test_classes_can_be_left_out() -> None:
+    whole = domain("t", "abc", per_class=10, test_per_class=4)
+    assert keep_classes(whole, None) is whole
+    kept = keep_classes(whole, ["c", "a"])
+    assert kept.classes == ("a", "c")  # in the domain's own order
+    assert kept.test is not None
+    for part, before in ((kept.train, whole.train), (kept.test, whole.test)):
+        assert before is not None
+        rows = [numbers(before).index(n) for n in numbers(part)]
+        assert rows == [i for i in range(len(before)) if i % 3 != 1]
+        assert [kept.classes[y] for y in part.labels.tolist()] == [
+            whole.classes[y] for y in before.labels[rows].tolist()
+        ]
+        assert part.ids == tuple(before.ids[i] for i in rows)
+    with pytest.raises(TransferError, match=r"^t has no class x; its classes are a, b, c\.$"):
+        keep_classes(whole, ["a", "x"])
+    with pytest.raises(TransferError, match="needs at least one class"):
+        keep_classes(whole, [])
+    with pytest.raises(TransferError, match="none \\(regression\\)"):
+        keep_classes(domain("r", kind="regression"), ["a"])

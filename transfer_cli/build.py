@@ -14,7 +14,16 @@ from transfer_cli.config.compose import data_root
 from transfer_cli.config.identity import component_content, label
 from transfer_cli.config.schema import Config
 from transfer_cli.data.batching import derive_seed
-from transfer_cli.data.domain import Domain, Origin, Part, Place, Reader, fingerprint_code, fingerprint_values
+from transfer_cli.data.domain import (
+    Domain,
+    Origin,
+    Part,
+    Place,
+    Reader,
+    fingerprint_code,
+    fingerprint_values,
+    keep_classes,
+)
 from transfer_cli.data.extraction import make_extractor, with_features
 from transfer_cli.data.feature_cache import FeatureCache
 from transfer_cli.data.reconcile import reconcile
@@ -53,7 +62,9 @@ def pose_problem(config: Config, components: Components, fingerprints: Mapping[s
     """
     domains: dict[str, Domain] = {group: reader.load() for group, reader in readers(config, components).items()}
     source, target = domains.get("source"), domains["target"]
-    space = match_labels(source, target, config.label_space)
+    wanted = config.subset.source_classes, config.subset.target_classes
+    narrow = None if source is None else keep_classes(source, wanted[0])
+    space = match_labels(narrow, keep_classes(target, wanted[1]), config.label_space)
     wants, cache = components["backbone"].implementation, Path(config.outputs) / "cache" / "decoded"
     image = config.image
     if image.storage == "auto" and _works_on_features(components):
@@ -62,6 +73,8 @@ def pose_problem(config: Config, components: Components, fingerprints: Mapping[s
     if fingerprints is not None:
         source = None if source is None else _with_origin(source, components["source"], fingerprints["source"])
         target = _with_origin(target, components["target"], fingerprints["target"])
+    # Only now, since kept features are those of a whole data set's rows.
+    source, target = None if source is None else keep_classes(source, wanted[0]), keep_classes(target, wanted[1])
     task, heldout = split_pair(
         source,
         target,

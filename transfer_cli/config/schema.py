@@ -38,12 +38,14 @@ class Split:
 
 @dataclass
 class Subset:
-    """Sizes for small-data protocols, drawn by data_seed; null keeps all."""
+    """Parts of the data: sizes, drawn by data_seed, and classes by name; null keeps all."""
 
     source: int | None = None
     source_per_class: int | None = None  # labelled source samples of each class, all of a smaller one
     target: int | None = None
     test: int | None = None
+    source_classes: list[str] | None = None
+    target_classes: list[str] | None = None
 
 
 @dataclass

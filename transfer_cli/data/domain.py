@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,6 +68,31 @@ class Domain:
     train: Part
     test: Part | None = None
     notes: tuple[str, ...] = ()  # what reading it left out or mended, for the run's first lines
+
+
+def keep_classes(domain: Domain, names: Sequence[str] | None) -> Domain:
+    """The samples of the named classes alone, labels counted anew in the domain's order; None keeps all.
+
+    Raises:
+        TransferError: a class is not among the domain's, or none is named.
+    """
+    if names is None:
+        return domain
+    unknown = [name for name in names if name not in domain.classes]
+    if unknown or not names:
+        known = f"{', '.join(domain.classes[:12])}{', ...' if len(domain.classes) > 12 else ''}" or "none (regression)"
+        wrong = f"has no class {', '.join(unknown)}" if unknown else "needs at least one class"
+        raise TransferError(f"{domain.name} {wrong}; its classes are {known}.")
+    kept = [c for c, name in enumerate(domain.classes) if name in names]
+    place = torch.full((len(domain.classes),), -1)
+    place[kept] = torch.arange(len(kept))
+
+    def of(part: Part) -> Part:
+        part = part.take((place[part.labels] >= 0).nonzero()[:, 0])
+        return replace(part, labels=place[part.labels])
+
+    test = None if domain.test is None else of(domain.test)
+    return replace(domain, classes=tuple(domain.classes[c] for c in kept), train=of(domain.train), test=test)
 
 
 @dataclass(frozen=True)
