@@ -22,7 +22,7 @@ from transfer_cli.errors import TransferError
 from transfer_cli.methods.adversarial.adda import ADDA
 from transfer_cli.methods.adversarial.cdan import CDAN, WIDEST, MultilinearMap, certainty
 from transfer_cli.methods.adversarial.gradient_reversal import domain_loss, reverse_gradient
-from transfer_cli.methods.adversarial.mcd import MCD
+from transfer_cli.methods.adversarial.mcd import MCD, discrepancy
 from transfer_cli.methods.adversarial.mdd import MDD, log_complement
 from transfer_cli.methods.adversarial.perceptron import perceptron
 from transfer_cli.methods.adversarial.vada import VADA
@@ -438,14 +438,18 @@ def test_mcds_updates_are_those_of_the_paper(hidden: int) -> None:
     assert batch.source is not None
     first, second = method.network.head, method.second_head
     heads = {*first.parameters(), *second.parameters()}
-    assert not any(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    weights = zip(first.parameters(), second.parameters(), strict=True)
+    assert not any(torch.equal(p, q) for p, q in weights if p.ndim > 1)
     a, b, c = adapt(method).updates
     assert [u.repeats for u in (a, b, c)] == [1, 1, 3]
     assert moved(a) == heads | encoder(method) and moved(b) == heads and moved(c) == encoder(method)
 
     f_s, f_t = (method.network.features(x) for x in (batch.source.x, batch.target))
-    supervised = F.cross_entropy(first(f_s), batch.source.y) + F.cross_entropy(second(f_s), batch.source.y)
-    p, q = (head(f_t).detach().softmax(1).numpy() for head in (first, second))
+    on_s, on_t = zip(
+        *(head(torch.cat([f_s, f_t])).split([len(f_s), len(f_t)]) for head in (first, second)), strict=True
+    )
+    supervised = sum(F.cross_entropy(logits, batch.source.y) for logits in on_s)
+    p, q = (logits.detach().softmax(1).numpy() for logits in on_t)
     apart = torch.tensor(np.abs(p - q).sum() / p.size)
     torch.testing.assert_close(step(a, method, batch).terms, {"supervised": supervised})
     losses = step(b, method, batch)
@@ -460,7 +464,7 @@ def test_mcds_heads_part_and_its_features_bring_them_together() -> None:
     method, batch = MCD(context(), weight=5.0, hidden=8), batch_of()
 
     def apart() -> Tensor:
-        return method.discrepancy(method.network.features(batch.target)).detach()
+        return discrepancy(method.log_probs(method.network.features(batch.target))).detach()
 
     for update, direction in zip(adapt(method).updates[1:], (1, -1), strict=True):
         before, losses = apart(), update.objective(batch, MIDDLE).terms
@@ -474,6 +478,7 @@ def test_mcds_heads_part_and_its_features_bring_them_together() -> None:
 
 def test_mcd_predicts_the_mean_of_both_heads_and_labels_teach_both() -> None:
     method, x, y = MCD(context(classes=3), hidden=4), torch.randn(7, 2), torch.arange(7) % 3
+    method.eval()
     features = method.network.features(x)
     logits = [head(features) for head in (method.network.head, method.second_head)]
     mean = (logits[0].softmax(1) + logits[1].softmax(1)) / 2
@@ -490,6 +495,34 @@ def test_mcd_draws_the_target_out_of_the_gap() -> None:
     assert max(accuracies(mcd(-1.0), gap, 150, 1)) < 0.96
     with pytest.raises(ValueError, match="generator_steps"):
         MCD(context(), generator_steps=0)
+
+
+@pytest.mark.parametrize("domain_batches", ["joint", "separate", "domain_specific"])
+def test_mcds_heads_normalise_as_the_network_does(domain_batches: str) -> None:
+    torch.manual_seed(0)
+    method, batch = MCD(context(classes=3, domain_batches=domain_batches), hidden=8), batch_of(classes=3)
+    assert batch.source is not None
+    norms = [m for m in method.second_head.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert len(norms) == (4 if domain_batches == "domain_specific" else 2)
+    a, b, c = adapt(method).updates
+    before = [n.running_mean.clone() for n in norms]  # type: ignore[union-attr]
+    for update in (b, c):
+        step(update, method, batch)
+    assert all(torch.equal(n.running_mean, old) for n, old in zip(norms, before, strict=True))  # type: ignore[arg-type]
+    with torch.no_grad():
+        f_s, f_t = (method.network.features(x) for x in (batch.source.x, batch.target))
+        seen = [method.second_head[0](f) for f in (f_s, f_t)]
+    step(a, method, batch)
+    means = {"joint": [0.1 * torch.cat(seen).mean(0)], "separate": [0.09 * seen[0].mean(0) + 0.1 * seen[1].mean(0)]}
+    wanted = means.get(domain_batches, [0.1 * z.mean(0) for z in seen])
+    firsts = [n for n in norms if n.num_features == 8][:: 2 if domain_batches != "domain_specific" else 1][
+        : len(wanted)
+    ]
+    for norm, mean in zip(firsts, wanted, strict=True):
+        torch.testing.assert_close(norm.running_mean, mean)
+    method.eval()
+    by_domain = [method.predict(batch.target, domain).probs for domain in ("source", "target")]
+    assert torch.equal(*by_domain) == (domain_batches != "domain_specific")
 
 
 # --- MDD ------------------------------------------------------------------------------------------

@@ -171,10 +171,6 @@ class Network(nn.Module):
         n = len(source)
         return Outputs(features[:n], logits[:n]), Outputs(features[n:], logits[n:])
 
-    def target_of_both(self, source: Any, target: Any) -> Outputs:
-        """The target's of `both`; the source is not computed where it shares no statistics with it."""
-        return self.both(source, target)[1] if self.domain_batches == "joint" else self(target, "target")
-
     def supervised(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy, or the Gaussian negative log-likelihood of standardised targets with a learnt noise."""
         if self.kind == "classification":

@@ -7,7 +7,7 @@
 
 Two heads that agree on the source look for target samples on which they differ (B); the features move these away from where they
 differ (C). `weight` is w (1 in the paper). The heads start differently; they are perceptrons with `hidden_layers` of `hidden` units
-(the paper's on digits, without its BatchNorm), or linear with `hidden: 0`. With `source_model` perceptrons start anew. A prediction
+and BatchNorm (the paper's on digits), or linear with `hidden: 0`. With `source_model` perceptrons start anew. A prediction
 is the mean of the heads' probabilities (the authors' code adds their logits).
 """
 
@@ -22,12 +22,14 @@ from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.adversarial.perceptron import perceptron
-from transfer_cli.methods.base import Context, Needs, NetworkMethod
+from transfer_cli.methods.base import Context, Needs, NetworkMethod, Outputs
+from transfer_cli.methods.domain_batchnorm import DomainSwitch
 from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress, Update
 from transfer_cli.methods.running_statistics import keep_statistics
 
 
 class MCD(NetworkMethod):
+    version = 2
     needs = Needs(source_labels=True, target_inputs=True)
     kinds = ("classification",)
 
@@ -46,8 +48,10 @@ class MCD(NetworkMethod):
         self.weight, self.generator_steps = weight, generator_steps
         shape = (self.network.feature_dim, hidden, context.num_classes, hidden_layers)
         if hidden:
-            self.network.head = perceptron(*shape)  # type: ignore[assignment]
-        self.second_head = perceptron(*shape)
+            self.network.head = perceptron(*shape, batchnorm=True)  # type: ignore[assignment]
+        self.second_head = perceptron(*shape, batchnorm=True)
+        own = context.domain_batches == "domain_specific"
+        self.switch = DomainSwitch(self.network.head, self.second_head) if own else None
 
     def phases(self) -> list[Gradient]:
         heads = Moves.of(self.network.head, self.second_head, player="heads")
@@ -61,41 +65,57 @@ class MCD(NetworkMethod):
 
     def losses(self, batch: Batch, progress: Progress) -> Losses:
         assert batch.source is not None
-        source, _ = self.network.both(batch.source.x, batch.target)  # both domains, for BatchNorm's statistics
-        return Losses({"supervised": self.cross_entropies(source.features, batch.source.y)})
+        source, _ = self.judge(*self.network.both(batch.source.x, batch.target))  # both, for BatchNorm's statistics
+        return Losses({"supervised": cross_entropies(source, batch.source.y)})
 
     def heads_losses(self, batch: Batch, progress: Progress) -> Losses:
         assert batch.source is not None
-        with torch.no_grad(), keep_statistics(self.network):
-            source, target = self.network.both(batch.source.x, batch.target)
-        supervised, apart = self.cross_entropies(source.features, batch.source.y), self.discrepancy(target.features)
-        return Losses(
-            {"heads_supervised": supervised, "heads_discrepancy": -self.weight * apart}, {"discrepancy": apart.detach()}
-        )
+        with keep_statistics(self):
+            with torch.no_grad():
+                features = self.network.both(batch.source.x, batch.target)
+            source, target = self.judge(*features)
+        apart = discrepancy(target)
+        terms = {"heads_supervised": cross_entropies(source, batch.source.y), "heads_discrepancy": -self.weight * apart}
+        return Losses(terms, {"discrepancy": apart.detach()})
 
     def features_losses(self, batch: Batch, progress: Progress) -> Losses:
         assert batch.source is not None
-        with keep_statistics(self.network):
-            target = self.network.target_of_both(batch.source.x, batch.target)
-        return Losses({"features_discrepancy": self.weight * self.discrepancy(target.features)})
+        with keep_statistics(self):
+            if self.network.domain_batches == "joint":
+                _, target = self.judge(*self.network.both(batch.source.x, batch.target))
+            else:
+                target = self.log_probs(self.network.features(batch.target))
+        return Losses({"features_discrepancy": self.weight * discrepancy(target)})
 
-    def log_probs(self, features: Tensor) -> list[Tensor]:
+    def judge(self, source: Outputs, target: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Both heads on the features of both domains, whose batches BatchNorm joins or parts as in the network."""
+        if self.network.domain_batches != "joint":
+            return self.log_probs(source.features, "source"), self.log_probs(target.features)
+        first, second = self.log_probs(torch.cat([source.features, target.features]))
+        n = len(source.features)
+        return [first[:n], second[:n]], [first[n:], second[n:]]
+
+    def log_probs(self, features: Tensor, domain: str = "target") -> list[Tensor]:
+        if self.switch is not None:
+            self.switch(domain)
         return [head(features).float().log_softmax(1) for head in (self.network.head, self.second_head)]
 
-    def cross_entropies(self, features: Tensor, y: Tensor) -> Tensor:
-        first, second = self.log_probs(features)
-        return F.nll_loss(first, y) + F.nll_loss(second, y)
-
-    def discrepancy(self, features: Tensor) -> Tensor:
-        first, second = self.log_probs(features)
-        return (first.exp() - second.exp()).abs().mean()
-
     def predict(self, x: Any, domain: str = "target") -> Prediction:
-        both = torch.stack(self.log_probs(self.network.features(x, domain)))
+        both = torch.stack(self.log_probs(self.network.features(x, domain), domain))
         return Prediction(log_probs=both.logsumexp(0) - math.log(2))
 
     def predict_source(self, x: Any) -> Prediction:
         return self.predict(x, "source")
 
     def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
-        return self.cross_entropies(self.network.features(x), y)
+        return cross_entropies(self.log_probs(self.network.features(x)), y)
+
+
+def cross_entropies(log_probs: list[Tensor], y: Tensor) -> Tensor:
+    first, second = log_probs
+    return F.nll_loss(first, y) + F.nll_loss(second, y)
+
+
+def discrepancy(log_probs: list[Tensor]) -> Tensor:
+    first, second = log_probs
+    return (first.exp() - second.exp()).abs().mean()

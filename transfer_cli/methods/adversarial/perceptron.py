@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 
-def perceptron(width: int, hidden: int, outputs: int, hidden_layers: int = 1, dropout: float = 0.0) -> nn.Sequential:
-    """`(B, width)` to `(B, outputs)`: `hidden_layers` of `hidden` units with ReLU and dropout, then a linear one; with
-    `hidden` 0 the linear one alone.
+def perceptron(
+    width: int, hidden: int, outputs: int, hidden_layers: int = 1, dropout: float = 0.0, batchnorm: bool = False
+) -> nn.Sequential:
+    """`(B, width)` to `(B, outputs)`: `hidden_layers` of `hidden` units with BatchNorm if wanted, ReLU and dropout, then a
+    linear one; with `hidden` 0 the linear one alone.
 
     Raises:
         ValueError: a width that no layer has.
@@ -16,6 +18,7 @@ def perceptron(width: int, hidden: int, outputs: int, hidden_layers: int = 1, dr
         raise ValueError(f"a layer has at least one unit: not hidden={hidden} and {outputs} outputs")
     layers: list[nn.Module] = []
     for _ in range(hidden_layers if hidden else 0):
-        layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        norm = [nn.BatchNorm1d(hidden)] if batchnorm else []
+        layers += [nn.Linear(width, hidden), *norm, nn.ReLU(), nn.Dropout(dropout)]
         width = hidden
     return nn.Sequential(*layers, nn.Linear(width, outputs))
