@@ -262,7 +262,7 @@ def test_hydra_flags_work(transfer: Transfer) -> None:
 
 
 def test_sweeps_leave_their_own_folder(transfer: Transfer) -> None:
-    outcome = transfer("run", "-m", *SMALL, "trainer.steps=3", "method=source_only", "seed=0,1")
+    outcome = transfer("run", *SMALL, "trainer.steps=3", "-m", "method=source_only", "seed=0,1")
     assert outcome.code == 0
     assert len(list(Path("outputs/sweeps").glob("*/multirun.yaml"))) == 1
     assert len(list(Path("outputs/runs/synth_digits-digits").iterdir())) == 2

@@ -15,11 +15,13 @@ from transfer_cli.config.compose import typed
 from transfer_cli.config.hydra_glue import call_hydra
 from transfer_cli.errors import TransferError
 
+MULTIRUN = ("-m", "--multirun")
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 def main(argv: list[str]) -> int:
     """Exit status 0, or 2 where a run of a sweep failed; the error of a single run is raised."""
+    argv = sorted(argv, key=lambda a: a not in MULTIRUN)  # to the front: Hydra's parser takes no flag among overrides
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     errors: list[Exception] = []
     failed: list[str] = []
@@ -53,4 +55,4 @@ def _tell(error: Exception, overrides: Sequence[str], show_traceback: bool) -> N
 
 
 def _is_sweep(argv: Sequence[str]) -> bool:
-    return any(a in ("-m", "--multirun") or a == "hydra.mode=MULTIRUN" for a in argv)
+    return any(a in MULTIRUN or a == "hydra.mode=MULTIRUN" for a in argv)
