@@ -220,6 +220,13 @@ def test_other_methods_with_other_settings_are_told_apart_too(
     assert names[0].startswith("source_only ")
 
 
+def test_a_method_s_versions_are_rows_and_those_of_several_methods_are_not_told(tmp_path: Path) -> None:
+    for method, version, accuracy in (("dann", 1, 0.8), ("mcd", 1, 0.5), ("mcd", 2, 0.9)):
+        run = write_run(tmp_path / f"{method}{version}", accuracy, method=method)
+        write_json(run / "manifest.json", {"components": {"method": {"name": method, "version": version}}})
+    assert [*rows_of(tmp_path)] == ["dann", "mcd method.version=1", "mcd method.version=2"]
+
+
 def test_settings_of_different_pairs_need_no_label(tmp_path: Path) -> None:
     write_run(tmp_path / "a", 0.9)
     write_run(tmp_path / "b", 0.8, config={"trainer.steps": 3000}, pair=("mnist", "usps"))

@@ -112,7 +112,8 @@ def _run(path: Path, time: str, result: Mapping[str, Any], config: Mapping[str, 
     settings[""]["selection"] = result["selection"]["validator"]  # where `auto` is configured: what it chose
     manifest = read_json(RunFolder(path).manifest) or {}
     for group, component in manifest.get("components", {}).items():  # runs of two versions are not one row
-        settings[""][f"{group}.version"] = component["version"]
+        owner = next((o for o in settings if o.partition("=")[0] == group), "")
+        settings[owner][f"{group}.version"] = component["version"]
     settings[""]["machinery"] = manifest.get("machinery")
     figure = float(result["metrics"]["target_test"][HEADLINE[result["kind"]]])
     return Run(
