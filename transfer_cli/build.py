@@ -271,7 +271,7 @@ def check_needs(method: Component, shape: TaskShape, has_source_model: bool = Fa
             f"method {method.name} needs a labelled source with the target's classes, or the model of one: set source=NAME, "
             "or source_model=RUN, the folder of a run that trained one."
         )
-    if needs.source_labels and not shape.has_source:
+    if (needs.source_labels or needs.source_of_any_classes) and not shape.has_source:
         raise TransferError(f"method {method.name} needs a labelled source: set source=NAME.")
     if needs.source_labels and not shape.source_labels_fit_head:
         raise TransferError(

@@ -7,6 +7,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from transfer_cli.config.compose import data_root, load_run, resolve_components
@@ -27,6 +28,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--format", choices=("csv", "jsonl"), default="csv", help="jsonl has the probability of every class"
+    )
+    parser.add_argument(
+        "--level",
+        type=_level,
+        default=0.95,
+        metavar="SHARE",
+        help="regression: the share of values that an interval is to hold (default: 0.95)",
     )
     parser.add_argument("--output", default=None, help="a file instead of standard output")
     parser.add_argument("--batch-size", type=int, default=256)
@@ -59,7 +67,7 @@ def main(argv: list[str]) -> int:
         with torch.inference_mode():
             for x in in_order(inputs, arguments.batch_size, device, arguments.workers):
                 prediction = method.predict(x)
-                for row in _rows(prediction, shape.label_space.evaluated, arguments.format == "jsonl"):
+                for row in _rows(prediction, shape.label_space.evaluated, arguments.format == "jsonl", arguments.level):
                     write({"sample": names[position], **row})
                     position += 1
     return 0
@@ -120,16 +128,32 @@ def _dataset(config: Config, choice: Sequence[str], spec: InputSpec) -> tuple[li
     return list(part.ids), inputs
 
 
-def _rows(prediction: Any, classes: Sequence[str], every_class: bool) -> Iterator[dict[str, Any]]:
+def _level(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
+    return value
+
+
+def _rows(prediction: Any, classes: Sequence[str], every_class: bool, level: float) -> Iterator[dict[str, Any]]:
     if prediction.log_probs is not None:
         for probs in prediction.probs.cpu():
             best = int(probs.argmax())
             row = {"class": classes[best], "probability": round(float(probs[best]), 6)}
             yield {**row, "probabilities": dict(zip(classes, probs.tolist(), strict=False))} if every_class else row
         return
-    for mean, variance in zip(prediction.mean.cpu(), prediction.variance.cpu(), strict=True):
-        yield {f"mean_{i}": float(m) for i, m in enumerate(mean)} | {
-            f"std_{i}": float(v) ** 0.5 for i, v in enumerate(variance)
+    half = NormalDist().inv_cdf((1 + level) / 2)  # in standard deviations
+    columns = {"mean": prediction.mean.double().cpu(), "std": prediction.variance.double().sqrt().cpu()}
+    columns["lower"] = columns["mean"] - half * columns["std"]
+    columns["upper"] = columns["mean"] + half * columns["std"]
+    if prediction.epistemic is not None:
+        share = prediction.epistemic.double() / prediction.variance.double().clamp_min(1e-24)
+        columns["epistemic_share"] = share.cpu()
+    for i in range(len(columns["mean"])):
+        yield {
+            f"{name}_{t}": float(f"{float(value):.7g}")  # as many digits as float32 has
+            for name, values in columns.items()
+            for t, value in enumerate(values[i])
         }
 
 

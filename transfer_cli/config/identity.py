@@ -56,7 +56,8 @@ def label(dataset: Component | None) -> str:
     if domain is not None:
         return f"{dataset.name}_{domain}"
     # The general readers' own names say nothing; what they read does.
-    return Path(str(path)).stem if path and dataset.name in ("arrays", "image_folder") else dataset.name
+    general = dataset.name in ("arrays", "image_folder", "table", "sequences")
+    return Path(path).stem if general and isinstance(path, str) and path else dataset.name
 
 
 def component_content(component: Component) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def score(kind: str, prediction: Prediction, labels: Tensor, known: int | None =
         figures = classification(prediction.log_probs, labels)
         return figures if known is None else figures | open_set(prediction.labels.cpu(), labels.cpu(), known)
     assert prediction.mean is not None and prediction.variance is not None
-    return regression(prediction.mean, prediction.variance, labels)
+    return regression(prediction.mean, prediction.variance, labels, prediction.epistemic)
 
 
 def classification(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -79,10 +79,12 @@ def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = 15
     return float(gap.abs().sum() / len(right))
 
 
-def regression(mean: Tensor, variance: Tensor, labels: Tensor) -> dict[str, float]:
-    """RMSE, MAE, R², marginal Gaussian NLL, CRPS, and for 50, 80 and 95 % intervals coverage and mean width.
+def regression(mean: Tensor, variance: Tensor, labels: Tensor, epistemic: Tensor | None = None) -> dict[str, float]:
+    """RMSE, MAE, R², marginal Gaussian NLL, CRPS; for 50, 80 and 95 % intervals coverage, its error and the mean width.
 
-    `mean`, `variance`, `labels` `(N, T)`, averaged over samples and targets.
+    `mean`, `variance`, `labels` `(N, T)`, averaged over samples and targets. The error of coverage is signed: below zero,
+    intervals are too narrow. Coverage says nothing without the width: guessing the mean covers perfectly. `epistemic_share`
+    is the mean share of the variance that more data would remove, where `epistemic` `(N, T)` is known.
     """
     mean, variance, labels = mean.double().cpu(), variance.double().cpu(), labels.double().cpu()
     sigma = variance.sqrt().clamp_min(1e-12)
@@ -102,6 +104,9 @@ def regression(mean: Tensor, variance: Tensor, labels: Tensor) -> dict[str, floa
     }
     for level in (50, 80, 95):
         half = math.sqrt(2) * float(torch.erfinv(torch.tensor(level / 100, dtype=torch.float64)))
-        figures[f"coverage_{level}"] = float((z.abs() <= half).double().mean())
+        figures[f"coverage_{level}"] = covered = float((z.abs() <= half).double().mean())
+        figures[f"coverage_error_{level}"] = covered - level / 100
         figures[f"width_{level}"] = float((2 * half * sigma).mean())
+    if epistemic is not None:
+        figures["epistemic_share"] = float((epistemic.double().cpu() / variance.clamp_min(1e-24)).mean())
     return figures

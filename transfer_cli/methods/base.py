@@ -35,6 +35,7 @@ class Needs:
     """What a method cannot do without; checked before any work."""
 
     source_labels: bool = False
+    source_of_any_classes: bool = False  # a labelled source, be its classes those of the target or not
     source_labels_or_model: bool = False  # a labelled source, or the model of one (`source_model`)
     target_inputs: bool = False
     target_labels: bool = False

@@ -53,6 +53,8 @@ def _regression_figures(metrics: Mapping[str, float]) -> dict[str, str]:
         "NLL": f"{metrics['nll']:.3f}",
         "CRPS": f"{metrics['crps']:.4g}",
         "95 % coverage": _percent(metrics["coverage_95"]),
+        **({"width": f"{metrics['width_95']:.4g}"} if "width_95" in metrics else {}),
+        **({"epistemic": _percent(metrics["epistemic_share"])} if "epistemic_share" in metrics else {}),
     }
 
 

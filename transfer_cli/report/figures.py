@@ -9,6 +9,7 @@ import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from transfer_cli.run_folder import HEADLINE, RunFolder, read_json
@@ -246,33 +247,69 @@ def _cells(shares: np.ndarray) -> Iterator[tuple[tuple[int, int], float]]:
 
 
 def _predicted(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Figure:
-    """Predicted mean against true value with 95 % intervals, a panel for each of the first outputs."""
+    """For each of the first outputs a row: predicted mean against true value, residuals, and coverage of the intervals."""
     import numpy as np
 
-    labels, mean, sigma = (_columns(a) for a in (test["labels"], test["mean"], np.sqrt(test["variance"])))
+    labels, mean, sigma = (_columns(a.astype(float)) for a in (test["labels"], test["mean"], np.sqrt(test["variance"])))
     outputs = min(labels.shape[1], OUTPUTS)
-    figure = _figure(4.6 * outputs + 0.4, 4.9)
-    axes = figure.subplots(1, outputs, squeeze=False)[0]
+    figure = _figure(13.2, 0.6 + 4.2 * outputs)
+    rows = figure.subplots(outputs, 3, squeeze=False)
     shown = np.unique(np.linspace(0, len(labels) - 1, min(POINTS, len(labels))).astype(int))
-    for t, axis in enumerate(axes):
-        true, guess, half = labels[:, t], mean[:, t], NORMAL_95 * sigma[:, t]
+    for t, axes in enumerate(rows):
+        true, guess, spread = labels[:, t], mean[:, t], np.maximum(sigma[:, t], 1e-12)
         order = np.argsort(true, kind="stable")[shown]  # spread evenly over the true values
-        points = (true[order], guess[order], half[order])
-        style = {"fmt": "none", "ecolor": COLOURS[0], "alpha": 0.28, "elinewidth": 0.9, "label": "95 % interval"}
-        axis.errorbar(*points, **style)
-        axis.plot(true[order], guess[order], ".", color=COLOURS[0], markersize=4, label="mean")
-        ends = [float(min(true.min(), guess[order].min())), float(max(true.max(), guess[order].max()))]
-        axis.plot(ends, ends, color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)), label="predicted = true")
-        inside = 100 * float((np.abs(true - guess) <= half).mean())
+        _against_true(axes[0], true[order], guess[order], NORMAL_95 * spread[order])
+        _residuals(axes[1], true[order], guess[order], NORMAL_95 * spread[order])
+        _coverage(axes[2], true, guess, spread)
+        rmse = float(np.sqrt(np.square(true - guess).mean()))
         name = f"output {t}: " if outputs > 1 else ""
-        axis.set_title(f"{name}{inside:.1f} % of {len(true):,} inside their interval", fontsize=8.5)
-        axis.set_xlabel("true", fontsize=9)
-        axis.set_ylabel("predicted", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=7.5, frameon=False, loc="upper left")
+        axes[0].set_title(f"{name}{len(true):,} samples, RMSE {rmse:.4g}", fontsize=8.5)
+        for axis in axes:
+            axis.tick_params(labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis, place in zip(rows[0], ("upper left", "best", "upper left"), strict=True):
+        axis.legend(fontsize=7.5, frameon=False, loc=place)
     figure.suptitle(f"{_title(result)}\ntarget test", fontsize=10, parse_math=False)
     return figure
+
+
+def _against_true(axis: Axes, true: np.ndarray, guess: np.ndarray, half: np.ndarray) -> None:
+    axis.errorbar(true, guess, half, fmt="none", ecolor=COLOURS[0], alpha=0.28, elinewidth=0.9, label="95 % interval")
+    axis.plot(true, guess, ".", color=COLOURS[0], markersize=4, label="mean")
+    ends = [float(min(true.min(), guess.min())), float(max(true.max(), guess.max()))]
+    axis.plot(ends, ends, color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)), label="predicted = true")
+    axis.set_xlabel("true", fontsize=9)
+    axis.set_ylabel("predicted", fontsize=9)
+
+
+def _residuals(axis: Axes, true: np.ndarray, guess: np.ndarray, half: np.ndarray) -> None:
+    axis.vlines(guess, -half, half, color=COLOURS[0], alpha=0.2, linewidth=0.9, label="95 % interval")
+    axis.plot(guess, true - guess, ".", color=TARGET, markersize=4, label="true − predicted")
+    axis.axhline(0, color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)))
+    axis.set_xlabel("predicted", fontsize=9)
+    axis.set_ylabel("residual", fontsize=9)
+    axis.set_title(f"mean residual {float((true - guess).mean()):.3g}", fontsize=8.5)
+
+
+def _coverage(axis: Axes, true: np.ndarray, guess: np.ndarray, sigma: np.ndarray) -> None:
+    """The share of values inside central intervals of every level; above the diagonal, intervals are wider than need be."""
+    import numpy as np
+
+    normal = NormalDist()
+    levels = np.arange(1, 100) / 100
+    halves = np.array([normal.inv_cdf((1 + level) / 2) for level in levels])
+    z = np.sort(np.abs(true - guess) / sigma)
+    covered = np.searchsorted(z, halves, side="right") / len(z)
+    axis.plot([0, 100], [0, 100], color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)), label="as stated")
+    axis.plot(100 * levels, 100 * covered, color=COLOURS[0], linewidth=1.6, label="inside")
+    for level in (50, 80, 95):
+        axis.plot(level, 100 * covered[level - 1], "o", color=COLOURS[0], markersize=4.5)
+    width, plain = 2 * NORMAL_95 * float(sigma.mean()), 2 * NORMAL_95 * float(true.std())
+    axis.set_title(
+        f"95 %: {100 * covered[94]:.1f} % inside, width {width:.3g} (of their mean alone {plain:.3g})", fontsize=8
+    )
+    axis.set_xlabel("stated level of the interval, %", fontsize=9)
+    axis.set_ylabel("true values inside, %", fontsize=9)
 
 
 def _columns(values: np.ndarray) -> np.ndarray:

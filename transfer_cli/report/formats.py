@@ -6,16 +6,28 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from transfer_cli.report.negative import LABEL_FREE, Verdict, verdicts
 from transfer_cli.report.runs import SEEDS, Record
-from transfer_cli.report.tables import Pair, Row, Table
+from transfer_cli.report.tables import Cell, Pair, Row, Table, mean_and_std
 
 TITLE = {
     "classification": "accuracy on the target test set, %: mean ± standard deviation (runs)",
     "regression": "RMSE on the target test set: mean ± standard deviation (runs)",
 }
 CSV_METRIC = {"classification": "accuracy_percent", "regression": "rmse"}
+MORE: dict[str, list[tuple[str, ...]]] = {  # further tables of a kind: title, and the figures of a cell
+    "classification": [],
+    "regression": [
+        ("CRPS on the target test set: mean ± standard deviation (runs)", "crps"),
+        (
+            "coverage of 95 % intervals, %, and their mean width, without which it says nothing",
+            "coverage_95",
+            "width_95",
+        ),
+    ],
+}
 WORSE, WORSE_LABEL_FREE = "↓", f"↓{LABEL_FREE}"
 MEANING = {
     WORSE: "by this figure: negative transfer",
@@ -65,12 +77,18 @@ def as_csv(tables: Sequence[Table], records: Sequence[Record]) -> str:
                 cell = table.cells.get((row, pair))
                 if cell is not None:
                     std = "" if math.isnan(cell.std) else cell.std
-                    seeds = (
+                    seeds = [
                         " ".join(str(seed) for seed in each) for each in zip(*(r.seeds for r in cell.runs), strict=True)
-                    )
+                    ]
                     name = [row.method, " ".join(row.told), str(row.oracle).lower(), *pair]
                     worse = ["" if each is None else str(each).lower() for each in found.get((row, pair), [None] * 3)]
                     writer.writerow([*name, CSV_METRIC[table.kind], cell.mean, std, len(cell.runs), *seeds, *worse])
+                    for metric in (name for _, *names in MORE[table.kind] for name in names):
+                        values = _values(cell, metric)
+                        if values:
+                            mean, std = mean_and_std(values)
+                            shown = "" if math.isnan(std) else std
+                            writer.writerow([*name, metric, mean, shown, len(values), *seeds, "", "", ""])
     return file.getvalue()
 
 
@@ -82,26 +100,66 @@ FORMATS: dict[str, Callable[[Sequence[Table], Sequence[Record]], str]] = {
 
 
 def _text_table(table: Table) -> str:
-    names, found = [str(row) for row in table.rows], verdicts(table.cells)
-    columns = [["", *names]] + [
-        [pair[0], "-> " + pair[1], *(_text(table, found, row, pair) for row in table.rows)] for pair in table.pairs
+    found = verdicts(table.cells)
+    grids = [_text_grid(table, lambda row, pair: _text(table, found, row, pair))]
+    for title, write in _more(table):
+        grids += ["", title, "", _text_grid(table, write)]
+    return "\n".join([TITLE[table.kind], " ".join(table.common), "", *grids])
+
+
+def _text_grid(table: Table, write: Callable[[Row, Pair], str]) -> str:
+    columns = [["", "", *map(str, table.rows)]] + [
+        [pair[0], "-> " + pair[1], *(write(row, pair) for row in table.rows)] for pair in table.pairs
     ]
-    columns[0].insert(0, "")
     widths = [max(len(text) for text in column) for column in columns]
-    lines = [
+    return "\n".join(
         "   ".join(f"{t:{w}}" for t, w in zip(line, widths, strict=True)).rstrip()
         for line in zip(*columns, strict=True)
-    ]
-    return "\n".join([TITLE[table.kind], " ".join(table.common), "", *lines])
+    )
 
 
 def _markdown_table(table: Table) -> str:
+    found = verdicts(table.cells)
+    grids = [_markdown_grid(table, lambda row, pair: _text(table, found, row, pair))]
+    for title, write in _more(table):
+        grids += ["", f"{title}.", "", _markdown_grid(table, write)]
+    return "\n".join([f"{TITLE[table.kind]}. {' '.join(f'`{text}`' for text in table.common)}", "", *grids])
+
+
+def _markdown_grid(table: Table, write: Callable[[Row, Pair], str]) -> str:
     header = ["method", *(f"{source} -> {target}" for source, target in table.pairs)]
-    lines, found = [header, ["---", *("---:" for _ in table.pairs)]], verdicts(table.cells)
-    for row in table.rows:
-        lines.append([str(row), *(_text(table, found, row, pair) for pair in table.pairs)])
-    rows = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
-    return "\n".join([f"{TITLE[table.kind]}. {' '.join(f'`{text}`' for text in table.common)}", "", *rows])
+    lines = [header, ["---", *("---:" for _ in table.pairs)]]
+    lines += [[str(row), *(write(row, pair) for pair in table.pairs)] for row in table.rows]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def _more(table: Table) -> Iterator[tuple[str, Callable[[Row, Pair], str]]]:
+    """Title and cells of the further tables whose figures some run has."""
+    for title, *metrics in MORE[table.kind]:
+        if any(_values(cell, metric) for cell in table.cells.values() for metric in metrics):
+            yield title, partial(_figures, table, metrics)
+
+
+def _figures(table: Table, metrics: Sequence[str], row: Row, pair: Pair) -> str:
+    cell = table.cells.get((row, pair))
+    written = [_figure(_values(cell, metric), metric) for metric in metrics] if cell is not None else ["-"]
+    return ", ".join(written)
+
+
+def _figure(values: Sequence[float], metric: str) -> str:
+    if not values:
+        return "-"
+    mean, std = mean_and_std(values)
+    if metric.startswith("coverage"):
+        return f"{100 * mean:.1f}"
+    if metric.startswith("width"):
+        return f"{mean:.{_decimals(mean)}f}"
+    digits = _decimals(mean)
+    return f"{mean:.{digits}f}{'' if math.isnan(std) else f' ± {std:.{digits}f}'} ({len(values)})"
+
+
+def _values(cell: Cell, metric: str) -> list[float]:
+    return [run.figures[metric] for run in cell.runs if metric in run.figures]
 
 
 def _text(table: Table, found: Mapping[tuple[Row, Pair], Verdict], row: Row, pair: Pair) -> str:

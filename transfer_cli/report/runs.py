@@ -39,6 +39,7 @@ class Run:
     settings: Settings
     scores: Mapping[str, float] = field(default_factory=dict)  # of the label-free validators
     warnings: tuple[str, ...] = ()  # of training that went wrong, in words
+    figures: Mapping[str, float] = field(default_factory=dict)  # every one on the target test set
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def _run(path: Path, time: str, result: Mapping[str, Any], config: Mapping[str, 
         figure=100 * figure if result["kind"] == "classification" else figure,
         settings=settings,
         scores=result.get("validators", {}),
+        figures=result["metrics"]["target_test"],
         warnings=tuple(warning["text"] for warning in result.get("health", {}).get("warnings", ())),
     )
 

@@ -78,10 +78,14 @@ def _table(kind: str, runs: Sequence[Run]) -> Table:
 
 
 def _cell(runs: tuple[Run, ...]) -> Cell:
-    n = len(runs)
-    mean = math.fsum(run.figure for run in runs) / n
-    variance = math.fsum((run.figure - mean) ** 2 for run in runs) / (n - 1) if n > 1 else math.nan
-    return Cell(mean, math.sqrt(variance), runs)
+    return Cell(*mean_and_std([run.figure for run in runs]), runs)
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """The standard deviation is the sample's; nan of one value."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else math.nan
 
 
 def _tell_pairs_apart(runs: Sequence[Run]) -> list[Run]:

@@ -1,0 +1,222 @@
+"""A Bayesian linear head on frozen features whose prior is the source's.
+
+    p(y | z, W) = softmax(W z)        W ~ N(W0, P⁻¹)        p(W | target labels) ≈ N(Ŵ, τ (H + P)⁻¹)
+
+    prior       W0    P
+    isotropic   0     λ I
+    l2sp        W_s   λ I                          (Li, Grandvalet & Davoine, ICML 2018)
+    ewc         W_s   α diag H_s + λ I             (Kirkpatrick et al., PNAS 2017)
+    source      W_s   α H_s + λ I                  the whole posterior of the source, tempered (Shwartz-Ziv et al., NeurIPS 2022)
+
+z are features whitened by the source's covariance within classes (`whiten`), with a one for the bias: then λ I is
+N(0, (λ S_w)⁻¹) on the features themselves. W_s and H_s are optimum and Hessian of the source's head. `covariance`: H is the
+Hessian at Ŵ (`laplace`) or Böhning's bound of it, ½ (I - 11ᵀ/K) ⊗ Σ z zᵀ (`boehning`), which needs one factor of size D.
+λ, α and the posterior's temperature τ are those of the least cross-validated negative log-likelihood (`choose: cv`), or λ and
+α those of the greatest Laplace evidence (`evidence`). Predicted is the mean of softmax over `draws` antithetic normal draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.methods.base import Context, Needs
+from transfer_cli.methods.bayes.summary import Summary
+from transfer_cli.methods.feature_method import FeatureMethod
+from transfer_cli.methods.heads.base import Head
+from transfer_cli.methods.math.softmax import DENSE, Precision, Softmax, data_hessian
+from transfer_cli.methods.math.temperature import folds_of
+from transfer_cli.methods.phases import FeatureTask
+
+LAMBDAS = torch.logspace(-3, 3, 7, dtype=torch.float64).tolist()
+ALPHAS = torch.logspace(-3, 0, 4, dtype=torch.float64).tolist()
+TEMPERATURES = [0.0, *torch.logspace(-3, 0, 7, dtype=torch.float64).tolist()]
+BIAS = 1e-2  # precision of the bias: N(0, 10²)
+
+Prior = Literal["isotropic", "l2sp", "ewc", "source"]
+Covariance = Literal["laplace", "boehning"]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """`mean` `(K, D)`; `covariance` `(K, D, K, D)`, or `(D, D)` where it is that times I - 11ᵀ/K between the classes."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    def probs(self, z: Tensor, temperature: float, noise: Tensor) -> Tensor:
+        """Class probabilities `(B, K)` at `(B, D)`, the mean over standard normal draws `noise` `(S, K)`."""
+        logits = z @ self.mean.T
+        spread = temperature**0.5 * self.spread(z)
+        return (logits + torch.einsum("bkj,sj->sbk", spread, noise)).softmax(2).mean(0)
+
+    def spread(self, z: Tensor) -> Tensor:
+        """Roots `(B, K, K)` of the logits' covariances, without the direction in which softmax does not move."""
+        classes = len(self.mean)
+        centring = torch.eye(classes, dtype=z.dtype, device=z.device) - 1 / classes
+        if self.covariance.ndim == 2:
+            return ((z @ self.covariance) * z).sum(1).clamp_min(0).sqrt()[:, None, None] * centring
+        between = torch.einsum("bd,kdle,be->bkl", z, self.covariance, z)
+        values, vectors = torch.linalg.eigh(centring @ between @ centring)
+        return vectors * values.clamp_min(0).sqrt()[:, None, :]
+
+
+class BayesianHead(Head):
+    """Whitening, the posterior and its predictive; fitted by the method."""
+
+    kinds = ("classification",)
+
+    def __init__(self, kind: str, outputs: int, draws: int) -> None:
+        super().__init__(kind, outputs)
+        self.draws = draws
+
+    def predict(self, x: Tensor) -> Prediction:
+        state = self.fitted
+        posterior = Posterior(state.mean, state.covariance)
+        z = whitened(x.double(), state.centre, state.whitening)
+        return Prediction.from_probs(
+            posterior.probs(z, float(state.temperature), normal_draws(self.draws, self.outputs, z))
+        )
+
+
+class BayesHead(FeatureMethod):
+    needs = Needs(source_of_any_classes=True, target_labels=True)
+    kinds = ("classification",)
+    uses_head = False
+    parts = ("source", "target_labelled")
+    label_spaces = ("closed", "partial", "separate")
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        prior: Prior = "isotropic",
+        whiten: bool = True,
+        covariance: Covariance = "boehning",
+        choose: Literal["cv", "evidence"] = "cv",
+        lam: float | None = None,
+        alpha: float | None = None,
+        temperature: float | None = None,
+        source_l2: float = 1e-3,
+        folds: int = 5,
+        draws: int = 64,
+    ) -> None:
+        super().__init__(context, head=BayesianHead(context.kind, context.outputs, draws))
+        if prior != "isotropic" and not context.source_labels_fit_head:
+            raise ValueError(f"prior={prior} needs a source with the target's classes: set method.prior=isotropic")
+        if draws < 2 or folds < 2 or min(lam or 1, alpha or 1) <= 0 or (temperature or 0) < 0:
+            raise ValueError("lam and alpha are positive, temperature not negative, draws and folds at least 2")
+        self.source_classes, self.prior_kind, self.whiten = context.source_classes, prior, whiten
+        self.covariance, self.choose, self.source_l2 = covariance, choose, source_l2
+        self.lam, self.alpha, self.temperature, self.folds = lam, alpha, temperature, folds
+
+    def fit_head(self, task: FeatureTask) -> None:
+        assert task.source is not None and task.source.y is not None
+        assert task.target_labelled is not None and task.target_labelled.y is not None
+        summary = Summary.of(task.source.x, task.source.y, self.source_classes)
+        half = torch.linalg.cholesky(summary.within if self.whiten else torch.diag(summary.within.diagonal()))
+        z_s, z = (whitened(x, summary.centre, half) for x in (task.source.x, task.target_labelled.x))
+        mean, sharp = self.of_source(z_s, task.source.y)
+        problem = Softmax(z, task.target_labelled.y, torch.ones_like(z[:, 0]), mean, Precision(torch.zeros_like(mean)))
+        precision, temperature = self.chosen(problem, sharp)
+        posterior = self.posterior(replace(problem, precision=precision))
+        self.head.fitted.put(mean=posterior.mean, covariance=posterior.covariance, centre=summary.centre, whitening=half)
+        self.head.fitted.put(temperature=torch.tensor(temperature, dtype=z.dtype))
+
+    def of_source(self, z: Tensor, y: Tensor) -> tuple[Tensor, Precision]:
+        """W_s and H_s (ewc: its diagonal), or zeros where the prior has no use for them."""
+        start = z.new_zeros(self.num_classes, z.shape[1])
+        if self.prior_kind == "isotropic":
+            return start, Precision(start)
+        ones = torch.ones_like(z[:, 0])
+        w = Softmax(z, y, ones, start, Precision(penalties(start, self.source_l2 * len(z)))).minimise()
+        probs = (z @ w.T).softmax(1)
+        if self.prior_kind == "l2sp":
+            return w, Precision(start)
+        if self.prior_kind == "ewc":
+            return w, Precision((probs * (1 - probs)).T @ z.square())
+        if w.numel() <= DENSE:
+            return w, Precision(start, full=data_hessian(z, ones, probs))
+        centring = torch.eye(len(w), dtype=z.dtype, device=z.device) - 1 / len(w)
+        return w, Precision(start, kron=(0.5 * centring, z.T @ z))
+
+    def settings(self) -> Iterator[tuple[float, float]]:
+        """λ and α to choose among."""
+        alphas = [0.0] if self.prior_kind in ("isotropic", "l2sp") else ALPHAS if self.alpha is None else [self.alpha]
+        return product(LAMBDAS if self.lam is None else [self.lam], alphas)
+
+    def chosen(self, problem: Softmax, sharp: Precision) -> tuple[Precision, float]:
+        """The prior's precision and the posterior's temperature."""
+        folds = folds_of(problem.y, self.folds)
+        best = None
+        for lam, alpha in self.settings():
+            here = replace(problem, precision=sharp.scaled(alpha).plus(penalties(problem.mean, lam)))
+            losses = self.held_out(here, folds)
+            score = -self.log_evidence(here) if self.choose == "evidence" or folds is None else min(losses.values())
+            if best is None or score < best[0]:
+                best = score, here.precision, min(losses, key=lambda t: losses[t])
+        assert best is not None
+        return best[1], best[2]
+
+    def held_out(self, problem: Softmax, folds: Tensor | None) -> dict[float, float]:
+        """By temperature, the mean negative log-likelihood of samples left out; nothing known where no class has two."""
+        temperatures = TEMPERATURES if self.temperature is None else [self.temperature]
+        if folds is None:
+            return {temperatures[-1] if self.temperature is None else self.temperature: 0.0}
+        totals = dict.fromkeys(temperatures, 0.0)
+        for fold in folds.unique():
+            left, seen = folds == fold, folds != fold
+            posterior = self.posterior(
+                replace(problem, x=problem.x[seen], y=problem.y[seen], weights=problem.weights[seen])
+            )
+            noise = normal_draws(self.head.draws, self.num_classes, problem.x)  # type: ignore[arg-type]
+            for t in temperatures:
+                probs = posterior.probs(problem.x[left], t, noise).clamp_min(torch.finfo(torch.float64).tiny)
+                totals[t] += float(F.nll_loss(probs.log(), problem.y[left], reduction="sum")) / len(folds)
+        return totals
+
+    def posterior(self, problem: Softmax) -> Posterior:
+        w = problem.minimise()
+        if self.covariance == "boehning":
+            bound = 0.5 * (problem.x * problem.weights[:, None]).T @ problem.x + problem.precision.shared()
+            return Posterior(w, torch.cholesky_inverse(torch.linalg.cholesky(bound)))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian(w)))
+        return Posterior(w, inverse.view(*w.shape, *w.shape))
+
+    def log_evidence(self, problem: Softmax) -> float:
+        """Laplace's approximation; Böhning's bound in the Hessian's place where that is the covariance."""
+        w = problem.minimise()
+        if self.covariance == "laplace":
+            dets = [torch.linalg.slogdet(m).logabsdet for m in (problem.precision.dense(), problem.hessian(w))]
+            return -problem.value(w) + 0.5 * float(dets[0] - dets[1])
+        prior = problem.precision.shared()
+        bound = 0.5 * (problem.x * problem.weights[:, None]).T @ problem.x + prior
+        dets = [torch.linalg.slogdet(m).logabsdet for m in (prior, bound)]
+        return -problem.value(w) + 0.5 * (len(w) - 1) * float(dets[0] - dets[1])
+
+
+def penalties(like: Tensor, lam: float) -> Tensor:
+    """λ for every weight `(K, D)`, and the bias's own precision in the last column."""
+    out = torch.full_like(like, lam)
+    out[:, -1] = BIAS
+    return out
+
+
+def whitened(x: Tensor, centre: Tensor, half: Tensor) -> Tensor:
+    """`L⁻¹ (x - m)` of `(B, D)`, and a column of ones."""
+    z = torch.linalg.solve_triangular(half, (x - centre).T, upper=False).T
+    return torch.cat([z, torch.ones_like(z[:, :1])], 1)
+
+
+def normal_draws(n: int, width: int, like: Tensor) -> Tensor:
+    """`(n, width)`, always the same, the second half the negative of the first."""
+    draw = torch.Generator().manual_seed(0)
+    half = torch.randn((n + 1) // 2, width, generator=draw, dtype=torch.float64)
+    return torch.cat([half, -half])[:n].to(like)
