@@ -207,6 +207,7 @@ def test_a_source_that_is_not_learnt() -> None:
         (lambda p: 5000.0 if p > 0.5 else 1.0, ["gradient_exploded:critic"]),
         (lambda p: 5000.0 if 0.5 < p < 0.56 else 1.0, []),
         (lambda p: 5000.0 if p > 0.5 else 10.0 if p < 0.05 else 1.0, []),  # it began small, not that small
+        (lambda p: 5000.0 if p > 0.5 else 10.0 if 0.015 < p < 0.05 else 1.0, []),  # the largest of its beginning counts
         (lambda p: 1e-20 if p < 0.15 else 1.0, ["gradient_exploded:critic"]),
     ],
 )  # fmt: skip
