@@ -21,6 +21,7 @@ from transfer_cli.data.inputs import InputSpec, Padded
 from transfer_cli.errors import TransferError
 from transfer_cli.methods.adversarial.adda import ADDA
 from transfer_cli.methods.adversarial.cdan import CDAN, WIDEST, MultilinearMap, certainty
+from transfer_cli.methods.adversarial.dann import DANN
 from transfer_cli.methods.adversarial.gradient_reversal import domain_loss, reverse_gradient
 from transfer_cli.methods.adversarial.mcd import MCD, discrepancy
 from transfer_cli.methods.adversarial.mdd import MDD, log_complement
@@ -426,6 +427,26 @@ def test_adda_brings_the_shifted_blobs_back() -> None:
 
     assert min(accuracies(adda(0.1), gap, 300)) > 0.98
     assert max(accuracies(adda(0.0), gap, 300)) < 0.96
+
+
+@pytest.mark.parametrize(
+    ("build", "player"),
+    [
+        (lambda c: DANN(c, discriminator_lr=3.0), "discriminator"),
+        (lambda c: CDAN(c, entropy_weighting=True, discriminator_lr=3.0), "discriminator"),
+        (lambda c: ADDA(c, discriminator_lr=3.0), "discriminator"), (lambda c: VADA(c, discriminator_lr=3.0), "discriminator"),
+        (lambda c: WDGRL(c, critic_lr=3.0), "critic"),
+    ],
+)  # fmt: skip
+def test_the_adversary_has_a_rate_of_its_own(build: Build, player: str) -> None:
+    scales = {m.player: m.lr_scale for u in adapt(build(context())).updates for m in u.moves}
+    assert scales[player] == 3.0 and len(scales) == 2
+
+
+@pytest.mark.parametrize("build", [lambda c: DANN(c, dropout=0.3), lambda c: MDD(c, dropout=0.3)])
+def test_dropout_is_the_adversarys(build: Build) -> None:
+    found = [m.p for m in build(context()).modules() if isinstance(m, nn.Dropout)]
+    assert 0.3 in found
 
 
 # --- MCD ------------------------------------------------------------------------------------------

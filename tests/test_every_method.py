@@ -35,6 +35,7 @@ from transfer_cli.errors import TransferError
 from transfer_cli.loops import gradient
 from transfer_cli.loops.session import Session
 from transfer_cli.methods.base import Method
+from transfer_cli.methods.output import bnm, mcc
 from transfer_cli.methods.phases import Batch, ClosedForm, Features, FeatureTask, Gradient, Labelled, Progress, Update
 from transfer_cli.registry import component, keyword_schema, resolve
 
@@ -530,3 +531,57 @@ def test_method_files_are_short() -> None:
         lengths[path.name] = len(text.splitlines()) - (doc.end_lineno or 0)
     listed = ", ".join(f"{name} {n}" for name, n in sorted(lengths.items(), key=lambda item: -item[1]))
     assert statistics.median(lengths.values()) < 80, listed
+
+
+# --- what a term teaches --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "term", "through"),
+    [
+        ("dann", "domain", "source target"), ("cdan", "domain", "source target"), ("cdan_e", "domain", "source target head"),
+        ("mdd", "disparity", "source target"), ("mcd", "features_discrepancy", "target head"),
+        ("wdgrl", "wasserstein", "source target"), ("vada", "domain", "source target"),
+        ("vada", "source_smoothness", "head"), ("vada", "target_smoothness", "head"), ("vada", "target_entropy", "target head"),
+        ("dan", "mmd", "source target"), ("jan", "joint_mmd", "source target head"), ("cmd", "cmd", "source target"),
+        ("deep_coral", "coral", "source target head"), ("dsan", "local_mmd", "source target"),
+        ("deepjdot", "transport", "source target"), ("deepjdot", "label_transport", "target head"),
+        ("mcc", "confusion", "target head"), ("bnm", "nuclear", "target head"), ("afn", "norm", "source target"),
+        ("entropy_min", "entropy", "target head"), ("pseudo_label", "pseudo_label", "target head"),
+    ],
+)  # fmt: skip
+def test_a_term_s_gradient_goes_through_all_that_it_reads(name: str, term: str, through: str) -> None:
+    """Values alone would not show a part that is held fixed by mistake; and nothing else is reached."""
+    torch.manual_seed(0)
+    least = {"threshold": 0.0} if name == "pseudo_label" else {}
+    method = TRAINED[name](context(classes=3), **parameters_of(name), **least).train()
+    draw = torch.Generator().manual_seed(1)
+    x_s, x_t = (torch.randn(n, 2, generator=draw).requires_grad_() for n in (12, 9))
+    batch = Batch(Labelled(x_s, torch.arange(12) % 3), x_t, None)
+    (phase,) = method.phases()
+    assert isinstance(phase, Gradient)
+    losses = (update.objective(batch, Progress(50, 100)).terms for update in phase.updates)
+    loss = next(terms[term] for terms in losses if term in terms)
+    reads = {"source": x_s, "target": x_t, "head": next(method.network.head.parameters())}  # type: ignore[union-attr]
+    slopes = torch.autograd.grad(loss, list(reads.values()), allow_unused=True)
+    reached = {key for key, slope in zip(reads, slopes, strict=True) if slope is not None and bool(slope.any())}
+    assert set(through.split()) <= reached
+    if "head" not in through and name != "mdd":
+        assert "head" not in reached
+
+
+def parameters_of(name: str) -> dict[str, Any]:
+    """What the YAML sets beside the constructor's own defaults."""
+    defaults = {key: default for key, (_, default) in keyword_schema(TRAINED[name]).items()}
+    return {k: v for k, v in node_of(name).items() if k in defaults and v != defaults[k]}
+
+
+@pytest.mark.parametrize("name", ["bnm", "mcc"])
+def test_predictions_beyond_numbers_are_a_loss_that_is_not_finite_and_no_error(name: str) -> None:
+    """So that the loop can name step and term; and certainty beyond float32's range is no such case."""
+    function = {"bnm": bnm.nuclear_norm, "mcc": lambda logits: mcc.class_confusion(logits, 1.0)}[name]
+    assert torch.isnan(function(torch.full((4, 3), torch.nan)))
+    logits = torch.tensor([[0.0, 500.0, -500.0], [0.0, 400.0, -500.0]], requires_grad=True)
+    loss = function(logits)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()

@@ -156,6 +156,13 @@ def test_predictions_that_collapse(figures: Values, classes: float, warned: bool
     assert kinds == ["predictions_collapsed"] * warned and len(said) == warned
 
 
+def test_what_helps_against_a_collapse_depends_on_what_was_trained() -> None:
+    (said,) = watch(figures=classes_of(4.0))[1]
+    assert "A smaller transfer weight" in said
+    (said,) = watch(terms=lambda p: {"supervised": 0.5}, figures=classes_of(4.0))[1]
+    assert "A method that looks at the target" in said and "transfer weight" not in said
+
+
 def test_a_collapse_of_the_beginning_is_none() -> None:
     assert watch(figures=lambda p: classes_of(1.0 if p < 0.25 else 9.0)(p))[0] == []
     assert watch(figures=classes_of(1.0), steps=90, every=6)[0] == []
@@ -207,6 +214,7 @@ def test_a_source_that_is_not_learnt() -> None:
         (lambda p: 5000.0 if p > 0.5 else 1.0, ["gradient_exploded:critic"]),
         (lambda p: 5000.0 if 0.5 < p < 0.56 else 1.0, []),
         (lambda p: 5000.0 if p > 0.5 else 10.0 if p < 0.05 else 1.0, []),  # it began small, not that small
+        (lambda p: 5000.0 if p > 0.5 else 10.0 if 0.015 < p < 0.05 else 1.0, []),  # the largest of its beginning counts
         (lambda p: 1e-20 if p < 0.15 else 1.0, ["gradient_exploded:critic"]),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from transfer_cli.config.hydra_glue import composed
 from transfer_cli.config.schema import Config
 from transfer_cli.data.batching import in_order
 from transfer_cli.data.inputs import InputSpec
+from transfer_cli.methods.adversarial.mcd import MCD
 from transfer_cli.methods.base import Context, Method, Needs, Network, NetworkMethod
 from transfer_cli.methods.domain_batchnorm import DomainBatchNorm, DomainSwitch
 from transfer_cli.methods.math.entropies import entropies, marginal_entropy
@@ -853,6 +855,25 @@ def test_each_method_of_a_chain_has_its_own_word_on_granted_labels(transfer: Tra
         "source": {"supervised"},
         "finetune": {"target_supervised"},
     }
+
+
+def test_granted_labels_count_once_a_step_however_many_its_updates(
+    transfer: Transfer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loss = [], MCD.supervised_loss
+    monkeypatch.setattr(MCD, "supervised_loss", lambda self, x, y: calls.append(len(y)) or loss(self, x, y))
+    done = transfer("run", *TINY, "method=mcd", "target_labels=2", "trainer.steps=5")
+    assert done.code == 0 and calls == [20] * 5, done.err
+
+
+def test_one_granted_sample_is_no_batch_for_batchnorm(transfer: Transfer, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(80, 3)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x=x, y=x.sum(1))
+    pair = ["source=arrays", "target=arrays", f"source.path={tmp_path}/a.npz", f"target.path={tmp_path}/a.npz"]
+    small = ["source.kind=regression", "target.kind=regression", "backbone=mlp", "augment=none", "trainer.batch_size=8"]
+    few = transfer("run", *pair, *small, "method=dann", "target_labels=1", "bottleneck=4", "trainer.steps=3")
+    assert few.code == 2 and "set target_labels or trainer.batch_size to 2 or more" in few.err
+    assert transfer("run", *pair, *small, "method=dann", "target_labels=1", "trainer.steps=3").code == 0
 
 
 def test_a_closed_form_may_follow(transfer: Transfer) -> None:

@@ -192,6 +192,11 @@ def _stream(session: Session, phase: Gradient, name: str, part: Part | Unlabelle
     size = session.trainer.batch_size
     # Few granted labels make a small batch; both domains' own sets must fill one.
     batch_size = min(size, len(part)) if name == "target_labelled" else size
+    if batch_size == 1 and any(isinstance(m, nn.BatchNorm1d) for m in session.method.modules()):
+        raise TransferError(
+            f"a batch of one {name.replace('_', ' ')} sample is nothing that BatchNorm could normalise: set target_labels or "
+            "trainer.batch_size to 2 or more."
+        )
     stream = Stream(
         part.inputs,
         part.labels if isinstance(part, Part) else None,

@@ -25,9 +25,10 @@ NOTHING = 1e-8  # of a loss term: below float32's resolution beside a supervised
 NO_GRADIENT = 1e-12  # of a gradient's norm, which is rather 1e-6 where a loss is at its minimum
 EXPLOSION = 1000.0  # of a gradient's norm against the phase's beginning
 GUESSING = 0.98  # of log K, the supervised loss of guessing
-COLLAPSED = {  # what usually helps, by whether steps were made
-    True: "A smaller transfer weight, a term that keeps the classes in balance or a lower optimizer.lr",
-    False: "Another backbone, a stronger regularisation of the map (or fewer dimensions), or features.normalise",
+COLLAPSED = {  # what usually helps
+    "terms": "A smaller transfer weight, a term that keeps the classes in balance or a lower optimizer.lr",
+    "labels alone": "A method that looks at the target (adabn, where BatchNorm has the source's statistics)",
+    "closed form": "Another backbone, a stronger regularisation of the map (or fewer dimensions), or features.normalise",
 }
 SUPERVISED = ("supervised", "target_supervised")
 
@@ -48,6 +49,7 @@ class Health:
     def begin(self, steps: int) -> None:
         """A phase of so many steps; a closed form has none."""
         self.steps, self.done, self.collapses = steps, 0, 0
+        self.kind = "labels alone" if steps else "closed form"
         self.streaks: dict[str, list[int]] = {}  # by condition, the step since which it holds and its intervals
         self.late: dict[str, list[float]] = {}  # by loss term, the second half's: intervals, sum, largest magnitude
         self.gradients: dict[str, list[float]] = {}  # by player, the norm at the beginning
@@ -61,6 +63,8 @@ class Health:
             self._warn(kind, phase, step, text)
 
         before, self.done = self.done, done
+        if any(name not in SUPERVISED for name in terms):
+            self.kind = "terms"
         if "discriminator_accuracy" in diagnostics:
             accuracy = diagnostics["discriminator_accuracy"]
             if self._long("discriminator", accuracy > CERTAIN, before):
@@ -97,7 +101,7 @@ class Health:
                 warn(
                     "predictions_collapsed",
                     f"predictions on the target use {found:.1f} classes, {other or f'of about {self.classes:.0f}'} (effective "
-                    f"numbers): they have collapsed. {COLLAPSED[self.steps > 0]} usually helps.",
+                    f"numbers): they have collapsed. {COLLAPSED[self.kind]} usually helps.",
                 )
         for domain in ("source", "target"):
             norm = figures.get(f"feature_norm_{domain}")

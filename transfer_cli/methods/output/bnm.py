@@ -38,4 +38,7 @@ class BNM(NetworkMethod):
 @in_full_precision
 def nuclear_norm(logits: Tensor) -> Tensor:
     """`‖softmax(logits)‖_* / B` of `(B, K)`, 0-dim; at most sqrt(min(B, K) / B)."""
-    return torch.linalg.matrix_norm(logits.softmax(1), "nuc") / len(logits)
+    probs = logits.softmax(1)
+    finite = probs.isfinite().all()  # of others the decomposition raises, and the loop would not name step and term
+    norm = torch.linalg.matrix_norm(torch.where(finite, probs, 0), "nuc")
+    return torch.where(finite, norm, torch.nan) / len(logits)

@@ -49,5 +49,5 @@ def class_confusion(logits: Tensor, temperature: float) -> Tensor:
     certainty = 1 + torch.exp(-entropies(logits.detach()))
     probs = logits.softmax(1)
     confusion = (probs * (len(probs) * certainty / certainty.sum())[:, None]).T @ probs
-    shares = confusion / confusion.sum(1, keepdim=True)
+    shares = confusion / confusion.sum(1, keepdim=True).clamp_min(torch.finfo(confusion.dtype).tiny)
     return 1 - shares.diagonal().mean()
