@@ -127,7 +127,9 @@ class BayesHead(FeatureMethod):
         problem = Softmax(z, task.target_labelled.y, torch.ones_like(z[:, 0]), mean, Precision(torch.zeros_like(mean)))
         precision, temperature = self.chosen(problem, sharp)
         posterior = self.posterior(replace(problem, precision=precision))
-        self.head.fitted.put(mean=posterior.mean, covariance=posterior.covariance, centre=summary.centre, whitening=half)
+        self.head.fitted.put(
+            mean=posterior.mean, covariance=posterior.covariance, centre=summary.centre, whitening=half
+        )
         self.head.fitted.put(temperature=torch.tensor(temperature, dtype=z.dtype))
 
     def of_source(self, z: Tensor, y: Tensor) -> tuple[Tensor, Precision]:
