@@ -163,6 +163,11 @@ def test_what_helps_against_a_collapse_depends_on_what_was_trained() -> None:
     assert "A method that looks at the target" in said and "transfer weight" not in said
 
 
+def test_a_phase_of_one_evaluation_can_collapse() -> None:
+    assert watch(figures=classes_of(1.0), steps=100)[0] == ["predictions_collapsed"]
+    assert watch(figures=classes_of(9.0), steps=100)[0] == []
+
+
 def test_a_collapse_of_the_beginning_is_none() -> None:
     assert watch(figures=lambda p: classes_of(1.0 if p < 0.25 else 9.0)(p))[0] == []
     assert watch(figures=classes_of(1.0), steps=90, every=6)[0] == []

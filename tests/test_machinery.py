@@ -876,6 +876,20 @@ def test_one_granted_sample_is_no_batch_for_batchnorm(transfer: Transfer, tmp_pa
     assert transfer("run", *pair, *small, "method=dann", "target_labels=1", "trainer.steps=3").code == 0
 
 
+def test_a_refresh_reads_the_features_of_its_own_method(transfer: Transfer) -> None:
+    done = transfer("run", *TINY, "method=shot", "bottleneck=8", "then=linear_probe")
+    assert done.code == 0, done.err
+
+
+def test_backbones_with_layers_of_a_method_s_own_go_no_further(transfer: Transfer) -> None:
+    one_line(transfer("run", *TINY, "method=adabn", "then=dann"), "no method can follow adabn")
+    specific = "trainer.domain_batches=domain_specific"
+    one_line(transfer("run", *TINY, "method=dann", "then=coral", specific), "set trainer.domain_batches=separate")
+    trained = transfer("run", *TINY, "method=dann", specific)
+    assert trained.code == 0, trained.err
+    one_line(transfer("run", *TINY, "method=dann", f"source_model={trained.run}"), "take a run of another")
+
+
 def test_a_closed_form_may_follow(transfer: Transfer) -> None:
     done = transfer("run", *TINY, "method=dann", "then=linear_probe")
     assert done.code == 0, done.err

@@ -116,6 +116,16 @@ def build_method(
             f"backbone.weights={config.source_model} takes the backbone alone."
         )
     last = chosen[-1]
+    if chosen[0].implementation.last_only and last is not chosen[0]:  # type: ignore[attr-defined]
+        raise TransferError(f"no method can follow {chosen[0].name}, which ends in BatchNorm layers of its own.")
+    if (
+        config.trainer.domain_batches == "domain_specific"
+        and last is not chosen[0]
+        and last.implementation.frozen_backbone  # type: ignore[attr-defined]
+    ):
+        raise TransferError(
+            f"then={last.name} reads both domains through one backbone: set trainer.domain_batches=separate or joint."
+        )
     if last.implementation.representation_only:  # type: ignore[attr-defined]
         way = (
             "add then=linear_probe (or another method)"
@@ -252,6 +262,11 @@ def read_source_model(path: str, shape: TaskShape) -> dict[str, Tensor]:
     network = {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
     if not network:
         raise TransferError(f"source_model: {path} holds no network: take a run of a method that trains one.")
+    if any("parametrizations" in key or ".source." in key for key in network):
+        raise TransferError(
+            f"source_model: {path} is of a method whose network has layers of its own kind (low-rank updates, BatchNorm of each "
+            "domain): take a run of another."
+        )
     classes, wanted = TaskShape.restore(kept["task"]).label_space.classes, shape.label_space.classes
     if classes != wanted:
         raise TransferError(

@@ -48,7 +48,7 @@ class Health:
 
     def begin(self, steps: int) -> None:
         """A phase of so many steps; a closed form has none."""
-        self.steps, self.done, self.collapses = steps, 0, 0
+        self.steps, self.done, self.collapses, self.looks = steps, 0, 0, 0
         self.kind = "labels alone" if steps else "closed form"
         self.streaks: dict[str, list[int]] = {}  # by condition, the step since which it holds and its intervals
         self.late: dict[str, list[float]] = {}  # by loss term, the second half's: intervals, sum, largest magnitude
@@ -92,11 +92,14 @@ class Health:
             self._warn(kind, phase, step, text)
 
         if "target_classes" in figures:
+            self.looks += 1
             expected = min(figures.get("source_classes", math.inf), self.classes)
             found = figures["target_classes"]
             settled = self.done >= max(SETTLED * self.steps, EARLY) or not self.steps
             self.collapses = self.collapses + 1 if settled and found < max(expected / 2, ALONE) else 0
-            if self.collapses == (2 if self.steps else 1):  # a closed form has but one evaluation, and does not waver
+            # A closed form, or a phase as short as an interval, has but one evaluation.
+            only = self.looks == 1 and self.done == self.steps
+            if self.collapses == (1 if only else 2):
                 other = f"those on the source {figures['source_classes']:.1f}" if "source_classes" in figures else ""
                 warn(
                     "predictions_collapsed",

@@ -84,6 +84,7 @@ class Method(nn.Module):
     uses_head: ClassVar[bool] = False  # True: the group `head` is part of the configuration
     uses_strong: ClassVar[bool] = False  # True: the group `strong` is, the augmentation of strong views
     frozen_backbone: ClassVar[bool] = False  # True: never trained, so features are extracted once and kept
+    last_only: ClassVar[bool] = False  # True: what it leaves of the backbone serves its own predictions alone
     representation_only: ClassVar[bool] = False  # True: it predicts nothing, so another method must follow (`then`)
     # The settings that it is made for: one that reads target inputs in another is run, after a word of warning.
     label_spaces: ClassVar[tuple[str, ...]] = ("closed",)

@@ -31,6 +31,8 @@ class BSS(FineTune):
         super().__init__(context, backbone_lr=backbone_lr, layer_decay=layer_decay, source_steps=source_steps)
         if k < 1:
             raise ValueError(f"k is 1 or more, not {k}")
+        if weight < 0:
+            raise ValueError(f"weight is not negative: {weight} would reward what it is to shrink")
         self.weight, self.k = weight, k
 
     def penalties(self, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:

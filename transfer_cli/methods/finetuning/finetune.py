@@ -46,6 +46,8 @@ class FineTune(NetworkMethod):
         self.starts_trained = starts_there or self.source_steps != 0
         self.source_head: nn.Linear = self.network.head
         if context.has_source and not context.source_labels_fit_head:
+            if self.needs_trained_start and starts_there:
+                raise ValueError("needs the head of the source's classes, which source_model has not: leave that out")
             self.source_head = nn.Linear(self.network.feature_dim, context.source_classes)
 
     def phases(self) -> list[Phase]:

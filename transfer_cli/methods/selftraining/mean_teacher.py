@@ -4,8 +4,8 @@
     p = softmax f_θ(view 1 of x_t),   q = softmax f_θ'(view 2 of x_t),   θ' ← a θ' + (1 - a) θ
 
 θ is the student, θ' the teacher, m the share of the batch that counts, p̄ the student's mean prediction: the last term keeps one
-class from taking all. `weight` is w, `threshold` τ, `class_balance` b, `decay` a. The teacher predicts; it has seen target batches
-alone, and its BatchNorm statistics are theirs. The student predicts source samples.
+class from taking all. `weight` is w, `threshold` τ, `class_balance` b (the authors' code multiplies it by w too), `decay` a. The
+teacher predicts; it has seen target batches alone, and its BatchNorm statistics are theirs. The student predicts source samples.
 """
 
 from __future__ import annotations

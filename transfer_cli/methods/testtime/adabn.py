@@ -19,6 +19,8 @@ from transfer_cli.methods.source_first import SourceFirst
 
 
 class AdaBN(SourceFirst):
+    last_only = True
+
     def __init__(self, context: Context, *, statistics_steps: int = 50, source_steps: int | None = None) -> None:
         super().__init__(replace(context, domain_batches="domain_specific"), source_steps)
         assert self.network.switch is not None
