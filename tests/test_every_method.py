@@ -458,7 +458,17 @@ FOREIGN = {
 }  # fmt: skip
 # Reads on the host. Heads, closed forms and what they are made of solve once, on values that the host must see.
 READS = {"item", "tolist", "cpu", "numpy", "from_numpy"}
-SOLVERS = ("heads/", "math/", "subspace/", "moments/", "transport/", "weighting/", "finetuning/linear_probe.py")
+SOLVERS = (
+    "heads/",
+    "math/",
+    "subspace/",
+    "moments/",
+    "bayes/",
+    "gaussian_process/",
+    "transport/",
+    "weighting/",
+    "finetuning/linear_probe.py",
+)
 SOLVERS += ("preprocessing.py", "feature_method.py")
 OWN_GENERATOR = "torch.Generator().manual_seed"  # of a fixed seed, for a closed form's own draws
 YEAR, WITHOUT_A_PAPER = r"\b(19|20)\d\d\b", {"source_only"}
