@@ -140,6 +140,7 @@ def write_result(
             "oracle": {"step": monitor.oracle_step, "score": monitor.oracle_score, "uses_target_labels": True},
         },
         "validators": validators,
+        "fit": monitor.fit,
         "health": {"proxy_a_distance": _a_distance(features, config.seed), "warnings": session.health.warnings},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "steps": steps,

@@ -12,6 +12,7 @@ def run_closed_form(phase: ClosedForm, session: Session, place: Place) -> None:
     session.method.eval()
     figures = phase.fit(feature_task(session, phase.owner or session.method, phase.parts))
     session.restart_average()
+    session.monitor.fit = figures or {}
     if figures:
         session.metrics.write(step=place.steps_before, phase=phase.name, split="diagnostics", values=figures)
         told = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())

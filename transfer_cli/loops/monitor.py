@@ -32,6 +32,7 @@ class Monitor:
         self.chosen_step, self.chosen_score = -1, -math.inf
         self.oracle_step, self.oracle_score = -1, -math.inf
         self.candidates = 0
+        self.fit: dict[str, float] = {}  # what the last closed form told of itself
 
     def observe(self, method: Method, step: int, phase: str, candidate: bool) -> None:
         """Evaluate at `step`; where `candidate`, keep the weights if they score at least as well as any before."""
@@ -56,13 +57,14 @@ class Monitor:
         if look.oracle > self.oracle_score or self.oracle_step < 0:
             self.oracle_step, self.oracle_score = step, look.oracle
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "chosen_step": self.chosen_step,
             "chosen_score": self.chosen_score,
             "oracle_step": self.oracle_step,
             "oracle_score": self.oracle_score,
             "candidates": self.candidates,
+            "fit": self.fit,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from transfer_cli.report.negative import warning_lines
 from transfer_cli.report.runs import DEFAULT_FOLDER, damage, short
 from transfer_cli.run_folder import HEADLINE
 
+HELPS = 0.75  # the weight from which words are plain: odds of three to one, "positive" evidence (Kass & Raftery, 1995)
+
 
 def result_lines(result: Mapping[str, Any] | None, path: Path) -> list[str]:
     """The lines that end a run: its figures, where its checkpoint comes from, its folder.
@@ -32,7 +34,8 @@ def result_lines(result: Mapping[str, Any] | None, path: Path) -> list[str]:
             f"{split.replace('_', ' '):13}"
             + "".join(f"  {row.get(name, ''):>{width}}" for name, width in widths.items())
         )
-    return [*lines, _checkpoint_line(result), *warning_lines(result, path), _folder_line(path)]
+    verdict = _transfer_lines(result.get("fit", {}))
+    return [*lines, *verdict, _checkpoint_line(result), *warning_lines(result, path), _folder_line(path)]
 
 
 def _classification_figures(metrics: Mapping[str, float]) -> dict[str, str]:
@@ -60,6 +63,19 @@ def _regression_figures(metrics: Mapping[str, float]) -> dict[str, str]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _transfer_lines(fit: Mapping[str, float]) -> list[str]:
+    """In words, what a method that weighs the source against no source has found; nothing of others."""
+    weight = fit.get("transfer_weight")
+    if weight is None:
+        return []
+    if weight >= HELPS:
+        verdict = "the source helps"
+    else:
+        verdict = "it is not clear that the source helps" if weight > 1 - HELPS else "the source does not help"
+    gain = f" (log evidence {fit['log_evidence_gain']:+.1f})" if "log_evidence_gain" in fit else ""
+    return [f"transfer weight {weight:.2f}: {verdict}{gain}"]
 
 
 def _checkpoint_line(result: Mapping[str, Any]) -> str:
