@@ -1,14 +1,22 @@
-"""The table of docs/comparison.md: every method on one pair, its gain over training on the source alone, run by run.
+"""Every method on one pair as a Markdown table, with its gain over training on the source alone, seed by seed.
 
-    python benchmarks/comparison.py outputs/runs > table.md
+    python benchmarks/comparison.py outputs/runs synth_digits digits > table.md
 
-Reads finished runs and runs nothing; the commands that make them are in docs/comparison.md. A gain is the mean over seeds of
-the difference to the baseline with the same seed and label budget, with its standard error; `helped` and `hurt` are gains
-beyond two of them.
+It reads finished runs of seeds 0 to 4 and runs nothing. They are made by
+
+    transfer run -m method=source_only,dann,cdan,... seed=0,1,2,3,4                        (and with target_labels=5)
+    transfer run -m seed=S backbone.weights=RUN/checkpoints/best.pt method=tca,coral,...   RUN: source_only of that seed
+    transfer run -m seed=S source=none source_model=RUN target_labels=5 method=finetune,lp_ft,...
+    transfer run -m label_space=partial 'subset.target_classes=[0,1,2,3,4]' method=source_only,pada,... seed=0,1,2,3,4
+    transfer run -m label_space=open 'subset.source_classes=[0,1,2,3,4]' method=source_only,osbp,... seed=0,1,2,3,4
+
+A gain is the mean over seeds of the difference to the baseline with the same seed and label budget, with its standard error;
+`helped` and `hurt` are gains beyond two of them.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
@@ -18,9 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer_cli.report.runs import collect, read_run
-
-Key = tuple[Any, ...]
+from transfer_cli.report.runs import collect
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,10 @@ class One:
     settings: dict[str, Any]
 
 
-def read(folder: Path) -> list[One]:
-    import json
-
+def read(folder: Path, source: str, target: str) -> list[One]:
     found = []
-    for record in collect([folder]):
-        run = record.run or read_run(record.path)
-        if run is None:
+    for run in (record.run for record in collect([folder]) if record.run is not None):
+        if run.pair not in ((source, target), ("none", target)):
             continue
         result = json.loads((run.path / "result.json").read_text())
         settings = {k: v for owner in run.settings.values() for k, v in owner.items()}
@@ -64,12 +67,16 @@ def spread(values: list[float]) -> str:
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def table(runs: Iterable[One], baseline: str, base: Iterable[One] | None = None) -> list[str]:
-    """Markdown rows, the best first; gains against `baseline` among `base`, or among the runs themselves."""
+def table(runs: Iterable[One], baseline: str) -> list[str]:
+    """Markdown rows, the best first."""
     by_method: dict[str, dict[int, One]] = defaultdict(dict)
     for run in runs:
+        if run.seed in by_method[run.method]:
+            sys.exit(
+                f"{run.method}, seed {run.seed}: several runs of other settings; leave one configuration in the folder."
+            )
         by_method[run.method][run.seed] = run
-    start = {run.seed: run for run in base or by_method[baseline].values()}
+    start = by_method.get(baseline, {})
     lines = ["| method | accuracy | runs | gain | | `im` | seconds |", "|---|---|---|---|---|---|---|"]
     for method, seeds in sorted(
         by_method.items(), key=lambda item: -statistics.fmean(r.figure for r in item[1].values())
@@ -89,8 +96,8 @@ def table(runs: Iterable[One], baseline: str, base: Iterable[One] | None = None)
     return lines
 
 
-def main(folder: str) -> None:
-    runs = [run for run in read(Path(folder)) if run.seed < 5 and run.settings.get("data_seed", 0) == 0]
+def main(folder: str, source: str, target: str) -> None:
+    runs = [run for run in read(Path(folder), source, target) if run.seed < 5 and run.settings.get("data_seed", 0) == 0]
 
     def those(label_space: str, labels: int, chosen: Callable[[One], bool]) -> list[One]:
         fits = ("label_space", label_space), ("target_labels", labels)
@@ -111,4 +118,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:4])

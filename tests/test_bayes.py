@@ -292,5 +292,17 @@ def test_temperature_and_strength_are_chosen_by_what_is_left_out() -> None:
     assert torch.isfinite(one_each.predict(test.x).log_probs).all()
     with pytest.raises(ValueError, match="prior=isotropic"):
         BayesHead(context(source_labels_fit_head=False, has_target_labels=True), prior="ewc")
-    with pytest.raises(ValueError, match="positive"):
-        BayesHead(context(has_target_labels=True), lam=-1.0)
+    for wrong in ({"lam": -1.0}, {"lam": 0.0}, {"alpha": 0.0}, {"temperature": -1.0}, {"draws": 1}, {"folds": 1}):
+        with pytest.raises(ValueError, match="positive|negative|at least 2"):
+            BayesHead(context(has_target_labels=True), **wrong)
+    with pytest.raises(ValueError, match="folds is at least 2"):
+        NIWLDA(context(has_target_labels=True), folds=0)
+
+
+def test_what_was_chosen_is_told() -> None:
+    source, few, _ = stretched(4)
+    setting = {"num_classes": 4, "source_classes": 4, "has_target_labels": True}
+    told = NIWLDA(context(12, 4, **setting)).fit(FeatureTask(source, None, few))
+    assert set(told) == {"nu", "kappa", "temperature"} and told["nu"] > 13
+    told = BayesHead(context(12, 4, **setting), lam=0.3, temperature=0.5).fit(FeatureTask(source, None, few))
+    assert told == {"lambda": 0.3, "alpha": 0.0, "temperature": 0.5}

@@ -30,15 +30,17 @@ class FeatureMethod(Method):
     uses_head: ClassVar[bool] = True
     frozen_backbone = True
     parts: ClassVar[tuple[str, ...]] = ("source", "target", "target_labelled")  # of the task that it reads
+    head: Head  # not there where a method that brings none has a `learn` and a prediction of its own
 
     def __init__(self, context: Context, head: Head | None = None) -> None:
         super().__init__()
         self.backbone, self.kind, self.num_classes = context.backbone, context.kind, context.num_classes
         self.preprocessing = Preprocessing(context.features)
-        if head is None:
+        if head is None and self.uses_head:
             assert context.make_head is not None
             head = context.make_head()
-        self.head = head
+        if head is not None:
+            self.head = head
         self.fitted = Fitted()
         self.weights: Tensor | None = None  # of the source samples, where `adapt` found any; only ratios matter
 
@@ -68,7 +70,11 @@ class FeatureMethod(Method):
             *(None if part is None else replace(part, x=self._preprocess(part.x, name)) for name, part in parts.items())
         )
         self.weights = None
-        report |= self.adapt(task)
+        return report | self.learn(task)
+
+    def learn(self, task: FeatureTask) -> dict[str, float]:
+        """On preprocessed features: the maps, then the head; figures to be logged."""
+        report = self.adapt(task)
         self.fit_head(task)
         return report
 

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.base import Context, Needs
-from transfer_cli.methods.bayes.summary import Summary
-from transfer_cli.methods.feature_method import FeatureMethod
+from transfer_cli.methods.bayes.base import SourceInformed
 from transfer_cli.methods.heads.base import Head
 from transfer_cli.methods.math.softmax import DENSE, Precision, Softmax, data_hessian
 from transfer_cli.methods.math.temperature import folds_of
@@ -86,12 +85,8 @@ class BayesianHead(Head):
         )
 
 
-class BayesHead(FeatureMethod):
+class BayesHead(SourceInformed):
     needs = Needs(source_of_any_classes=True, target_labels=True)
-    kinds = ("classification",)
-    uses_head = False
-    parts = ("source", "target_labelled")
-    label_spaces = ("closed", "partial", "separate")
 
     def __init__(
         self,
@@ -108,29 +103,31 @@ class BayesHead(FeatureMethod):
         folds: int = 5,
         draws: int = 64,
     ) -> None:
-        super().__init__(context, head=BayesianHead(context.kind, context.outputs, draws))
+        super().__init__(context, BayesianHead(context.kind, context.outputs, draws), folds)
         if prior != "isotropic" and not context.source_labels_fit_head:
             raise ValueError(f"prior={prior} needs a source with the target's classes: set method.prior=isotropic")
-        if draws < 2 or folds < 2 or min(lam or 1, alpha or 1) <= 0 or (temperature or 0) < 0:
-            raise ValueError("lam and alpha are positive, temperature not negative, draws and folds at least 2")
-        self.source_classes, self.prior_kind, self.whiten = context.source_classes, prior, whiten
-        self.covariance, self.choose, self.source_l2 = covariance, choose, source_l2
-        self.lam, self.alpha, self.temperature, self.folds = lam, alpha, temperature, folds
+        if any(value is not None and value <= 0 for value in (lam, alpha, source_l2)):
+            raise ValueError("lam, alpha and source_l2 are positive; lam and alpha may be null")
+        if draws < 2 or (temperature is not None and temperature < 0):
+            raise ValueError("temperature is not negative, and draws at least 2")
+        self.prior_kind, self.whiten, self.covariance, self.choose = prior, whiten, covariance, choose
+        self.lam, self.alpha, self.temperature, self.source_l2, self.draws = lam, alpha, temperature, source_l2, draws
 
-    def fit_head(self, task: FeatureTask) -> None:
+    def learn(self, task: FeatureTask) -> dict[str, float]:
         assert task.source is not None and task.source.y is not None
         assert task.target_labelled is not None and task.target_labelled.y is not None
-        summary = Summary.of(task.source.x, task.source.y, self.source_classes)
+        summary = self.summary(task)
         half = torch.linalg.cholesky(summary.within if self.whiten else torch.diag(summary.within.diagonal()))
         z_s, z = (whitened(x, summary.centre, half) for x in (task.source.x, task.target_labelled.x))
         mean, sharp = self.of_source(z_s, task.source.y)
         problem = Softmax(z, task.target_labelled.y, torch.ones_like(z[:, 0]), mean, Precision(torch.zeros_like(mean)))
-        precision, temperature = self.chosen(problem, sharp)
-        posterior = self.posterior(replace(problem, precision=precision))
+        lam, alpha, temperature = self.chosen(problem, sharp)
+        posterior = self.posterior(with_prior(problem, sharp, lam, alpha))
         self.head.fitted.put(
             mean=posterior.mean, covariance=posterior.covariance, centre=summary.centre, whitening=half
         )
-        self.head.fitted.put(temperature=torch.tensor(temperature, dtype=z.dtype))
+        self.head.fitted.put(temperature=z.new_tensor(temperature))
+        return {"lambda": lam, "alpha": alpha, "temperature": temperature}
 
     def of_source(self, z: Tensor, y: Tensor) -> tuple[Tensor, Precision]:
         """W_s and H_s (ewc: its diagonal), or zeros where the prior has no use for them."""
@@ -154,31 +151,31 @@ class BayesHead(FeatureMethod):
         alphas = [0.0] if self.prior_kind in ("isotropic", "l2sp") else ALPHAS if self.alpha is None else [self.alpha]
         return product(LAMBDAS if self.lam is None else [self.lam], alphas)
 
-    def chosen(self, problem: Softmax, sharp: Precision) -> tuple[Precision, float]:
-        """The prior's precision and the posterior's temperature."""
+    def chosen(self, problem: Softmax, sharp: Precision) -> tuple[float, float, float]:
+        """λ, α and τ."""
         folds = folds_of(problem.y, self.folds)
         best = None
         for lam, alpha in self.settings():
-            here = replace(problem, precision=sharp.scaled(alpha).plus(penalties(problem.mean, lam)))
+            here = with_prior(problem, sharp, lam, alpha)
             losses = self.held_out(here, folds)
             score = -self.log_evidence(here) if self.choose == "evidence" or folds is None else min(losses.values())
             if best is None or score < best[0]:
-                best = score, here.precision, min(losses, key=lambda t: losses[t])
+                best = score, (lam, alpha, min(losses, key=lambda t: losses[t]))
         assert best is not None
-        return best[1], best[2]
+        return best[1]
 
     def held_out(self, problem: Softmax, folds: Tensor | None) -> dict[float, float]:
-        """By temperature, the mean negative log-likelihood of samples left out; nothing known where no class has two."""
-        temperatures = TEMPERATURES if self.temperature is None else [self.temperature]
+        """By temperature, the mean negative log-likelihood of samples left out; where no class has two, only 1 is known."""
         if folds is None:
-            return {temperatures[-1] if self.temperature is None else self.temperature: 0.0}
+            return {1.0 if self.temperature is None else self.temperature: 0.0}
+        temperatures = TEMPERATURES if self.temperature is None else [self.temperature]
         totals = dict.fromkeys(temperatures, 0.0)
+        noise = normal_draws(self.draws, self.num_classes, problem.x)
         for fold in folds.unique():
             left, seen = folds == fold, folds != fold
             posterior = self.posterior(
                 replace(problem, x=problem.x[seen], y=problem.y[seen], weights=problem.weights[seen])
             )
-            noise = normal_draws(self.head.draws, self.num_classes, problem.x)  # type: ignore[arg-type]
             for t in temperatures:
                 probs = posterior.probs(problem.x[left], t, noise).clamp_min(torch.finfo(torch.float64).tiny)
                 totals[t] += float(F.nll_loss(probs.log(), problem.y[left], reduction="sum")) / len(folds)
@@ -202,6 +199,11 @@ class BayesHead(FeatureMethod):
         bound = 0.5 * (problem.x * problem.weights[:, None]).T @ problem.x + prior
         dets = [torch.linalg.slogdet(m).logabsdet for m in (prior, bound)]
         return -problem.value(w) + 0.5 * (len(w) - 1) * float(dets[0] - dets[1])
+
+
+def with_prior(problem: Softmax, sharp: Precision, lam: float, alpha: float) -> Softmax:
+    """The problem under P = α H_s + λ I."""
+    return replace(problem, precision=sharp.scaled(alpha).plus(penalties(problem.mean, lam)))
 
 
 def penalties(like: Tensor, lam: float) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.base import Context, Needs
+from transfer_cli.methods.bayes.base import SourceInformed
 from transfer_cli.methods.bayes.summary import Summary
-from transfer_cli.methods.feature_method import FeatureMethod
 from transfer_cli.methods.heads.base import Head
 from transfer_cli.methods.math.niw import NIW, log_evidence
 from transfer_cli.methods.math.temperature import fit_temperature, folds_of
@@ -39,12 +39,8 @@ class NIWHead(Head):
         return Prediction.from_logits(class_scores(posterior, state.counts, x.double()) / state.temperature)
 
 
-class NIWLDA(FeatureMethod):
+class NIWLDA(SourceInformed):
     needs = Needs(source_of_any_classes=True)
-    kinds = ("classification",)
-    uses_head = False
-    parts = ("source", "target_labelled")
-    label_spaces = ("closed", "partial", "separate")
 
     def __init__(
         self,
@@ -55,7 +51,7 @@ class NIWLDA(FeatureMethod):
         kappa: float | None = None,
         folds: int = 5,
     ) -> None:
-        super().__init__(context, head=NIWHead(context.kind, context.outputs))
+        super().__init__(context, NIWHead(context.kind, context.outputs), folds)
         shared = context.source_labels_fit_head
         if centre == "class" and not shared:
             raise ValueError("centre=class needs the source's classes: set method.centre=common")
@@ -64,20 +60,18 @@ class NIWLDA(FeatureMethod):
         if (kappa is not None and kappa <= 0) or (nu is not None and nu <= context.feature_dim + 1):
             raise ValueError(f"kappa is positive, and nu above D + 1 = {context.feature_dim + 1}, or null")
         self.by_class = shared if centre == "auto" else centre == "class"
-        self.source_classes, self.nu, self.kappa, self.folds = context.source_classes, nu, kappa, folds
+        self.nu, self.kappa = nu, kappa
 
-    def fit_head(self, task: FeatureTask) -> None:
-        assert task.source is not None and task.source.y is not None
-        summary = Summary.of(task.source.x, task.source.y, self.source_classes)
-        few = task.target_labelled
+    def learn(self, task: FeatureTask) -> dict[str, float]:
+        summary, few = self.summary(task), task.target_labelled
         x = summary.means[:0] if few is None else few.x
         y = torch.zeros(0, dtype=torch.int64, device=x.device) if few is None or few.y is None else few.y
         prior = self.prior(summary, x, y)
         posterior, counts = prior.update(x, y), torch.bincount(y, minlength=self.num_classes).to(x)
-        temperature = torch.tensor(self.temperature(prior, x, y), dtype=x.dtype)
-        nu = torch.tensor(posterior.nu, dtype=x.dtype)
+        temperature, nu = x.new_tensor(self.temperature(prior, x, y)), x.new_tensor(posterior.nu)
         self.head.fitted.put(mean=posterior.mean, kappa=posterior.kappa, nu=nu, scale=posterior.scale)
         self.head.fitted.put(counts=counts, temperature=temperature)
+        return {"nu": prior.nu, "kappa": float(prior.kappa[0]), "temperature": float(temperature)}
 
     def prior(self, summary: Summary, x: Tensor, y: Tensor) -> NIW:
         """With ν0 and κ0 of the greatest evidence of the granted samples `(n, D)`, `(n,)`, where they are not set."""

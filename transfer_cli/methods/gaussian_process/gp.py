@@ -31,7 +31,6 @@ from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.base import Context, Needs
 from transfer_cli.methods.feature_method import FeatureMethod
-from transfer_cli.methods.heads.base import Head
 from transfer_cli.methods.math import sparse
 from transfer_cli.methods.math.gp import (
     Moments,
@@ -89,7 +88,7 @@ class GP(FeatureMethod):
         inducing: int = 512,
         exact_limit: int = 2000,
     ) -> None:
-        super().__init__(context, head=Head(context.kind, context.outputs))
+        super().__init__(context)
         if mode != "scratch" and not context.has_source:
             raise TransferError(f"method.mode={mode} needs a source: set source=NAME, or method.mode=scratch.")
         if mode != "source" and not context.has_target_labels:
@@ -109,7 +108,7 @@ class GP(FeatureMethod):
 
     # --- fitting ----------------------------------------------------------------------------------
 
-    def adapt(self, task: FeatureTask) -> dict[str, float]:
+    def learn(self, task: FeatureTask) -> dict[str, float]:
         parts = {"source": task.source, "target": task.target_labelled}
         given = {name: (part.x, part.y.double()) for name, part in parts.items() if part and part.y is not None}
         x, y = given["source" if self.has_source else "target"]
@@ -124,9 +123,6 @@ class GP(FeatureMethod):
         if self.guard != "none":
             self.fitted.put(transfer_weight=self.fitted.mean_y.new_tensor([r["transfer_weight"] for r in reports]))
         return {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
-
-    def fit_head(self, task: FeatureTask) -> None:
-        """There is none."""
 
     def _fit_output(self, t: int) -> dict[str, float]:
         """All GPs that the prediction of one target needs, into the state."""

@@ -44,13 +44,13 @@ class JDOT(FeatureMethod):
         require_pot("method=jdot")
         self.alpha, self.iterations = alpha, iterations
 
-    def adapt(self, task: FeatureTask) -> dict[str, float]:
+    def learn(self, task: FeatureTask) -> dict[str, float]:
         source, target = both(task)
         assert source.y is not None
         cost = self.alpha * relative_cost(source.x, target.x)
         if task.target_labelled is not None and self.kind == "classification":
             forbid_other_classes(cost, source.y, target.x, task.target_labelled)
-        super().fit_head(task)
+        self.fit_head(task)
         labels, report = None, dict[str, float]()
         for rounds in range(1, self.iterations + 1):
             plan = exact_plan(cost + self.loss(source.y, target.x))
@@ -89,6 +89,3 @@ class JDOT(FeatureMethod):
         spread = y.double().std(0, correction=0)
         spread = torch.where(spread > 0, spread, 1.0)
         return torch.cdist(y.double() / spread, prediction.mean.double() / spread).square() / y.shape[1]
-
-    def fit_head(self, task: FeatureTask) -> None:
-        """The fit of the last round stands."""
