@@ -293,7 +293,7 @@ def test_temperature_and_strength_are_chosen_by_what_is_left_out() -> None:
     with pytest.raises(ValueError, match="prior=isotropic"):
         BayesHead(context(source_labels_fit_head=False, has_target_labels=True), prior="ewc")
     for wrong in ({"lam": -1.0}, {"lam": 0.0}, {"alpha": 0.0}, {"temperature": -1.0}, {"draws": 1}, {"folds": 1}):
-        with pytest.raises(ValueError, match="positive|negative|at least 2"):
+        with pytest.raises(ValueError, match=r"positive|negative|at least 2"):
             BayesHead(context(has_target_labels=True), **wrong)
     with pytest.raises(ValueError, match="folds is at least 2"):
         NIWLDA(context(has_target_labels=True), folds=0)
