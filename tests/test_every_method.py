@@ -196,10 +196,10 @@ def test_runs_and_goes_on_bit_identically_from_the_middle_of_every_phase(
 
 def gradient_phases(run: Path, config: Config) -> list[tuple[int, int]]:
     """Index and number of steps of each, as a finished run's method has them."""
-    from transfer_cli.build import rebuild_method
+    from transfer_cli.build import rebuild_model
     from transfer_cli.run_folder import RunFolder
 
-    method, _ = rebuild_method(RunFolder(run), config, resolve_components(config), torch.device("cpu"))
+    method, _ = rebuild_model(RunFolder(run), config, resolve_components(config), torch.device("cpu"))
     return [
         (index, phase.steps or config.trainer.steps)
         for index, phase in enumerate(method.phases())

@@ -22,8 +22,12 @@ def opening_lines(
     if task.source is not None:
         counts.append(f"{len(task.source):,} labelled source")
     counts.append(f"{len(task.target_unlabelled):,} unlabelled target")
-    if task.target_labelled is not None:
-        counts.append(f"{len(task.target_labelled):,} target labels granted")
+    granted = [part for part in (task.target_labelled, task.target_calibration) if part is not None]
+    if granted:
+        kept = (
+            "" if task.target_calibration is None else f" ({len(task.target_calibration):,} kept back for calibration)"
+        )
+        counts.append(f"{sum(map(len, granted)):,} target labels granted{kept}")
     counts.append(f"{len(heldout.target_test):,} target held out ({config.protocol})")
     space = task.label_space
     named = task.kind == "classification" and bool(space.source) and space.setting != "closed"

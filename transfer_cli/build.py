@@ -26,9 +26,13 @@ from transfer_cli.data.domain import (
 )
 from transfer_cli.data.extraction import make_extractor, with_features
 from transfer_cli.data.feature_cache import FeatureCache
-from transfer_cli.data.reconcile import reconcile
-from transfer_cli.data.task import Heldout, TaskShape, TransferTask, match_labels, split_pair
+from transfer_cli.data.inputs import InputSpec
+from transfer_cli.data.reconcile import as_samples, reconcile
+from transfer_cli.data.task import Heldout, TaskShape, TransferTask, Unlabelled, match_labels, split_pair
 from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.calibrated import Calibrated, check_calibration
+from transfer_cli.evaluation.evaluator import Predictor
+from transfer_cli.evaluation.health import evenly
 from transfer_cli.loops.checkpoints import read_checkpoint
 from transfer_cli.loops.console import Console
 from transfer_cli.loops.gradient import AUTOCAST
@@ -52,7 +56,7 @@ class Problem:
 
 def readers(config: Config, components: Components) -> dict[str, Reader]:
     place = Place(data_root(config), config.download)
-    return {group: components[group].build(place) for group in ("source", "target") if group in components}
+    return {group: components[group].build(place) for group in ("source", "target", "ood") if group in components}
 
 
 def pose_problem(config: Config, components: Components, fingerprints: Mapping[str, str] | None = None) -> Problem:
@@ -85,9 +89,27 @@ def pose_problem(config: Config, components: Components, fingerprints: Mapping[s
         validation_share=config.split.validation,
         subset=asdict(config.subset),
         data_seed=config.data_seed,
+        reserve=config.calibration_share if config.calibration != "none" or config.conformal == "target" else 0.0,
     )
+    check_calibration(config, task)
+    if "ood" in domains:
+        heldout = replace(heldout, ood=_strange(domains["ood"], task.input, config, components, fingerprints))
     read = [note for domain in domains.values() for note in domain.notes]
     return Problem(task, heldout, (*dict.fromkeys(read), *notes))
+
+
+def _strange(
+    domain: Domain, spec: InputSpec, config: Config, components: Components, fingerprints: Mapping[str, str] | None
+) -> Unlabelled:
+    """The test inputs of a third data set, all where it has no test split, as samples of the task."""
+    part = domain.train if domain.test is None else domain.test
+    part = replace(part, inputs=as_samples(domain.name, part.inputs, spec))
+    if fingerprints is not None:
+        domain = replace(domain, train=part, test=None if domain.test is None else part)
+        domain = _with_origin(domain, components["ood"], fingerprints["ood"])
+        part = domain.train if domain.test is None else domain.test
+    kept = evenly(len(part), len(part) if config.subset.test is None else config.subset.test)
+    return Unlabelled.of(part.take(kept))
 
 
 def build_method(
@@ -222,10 +244,11 @@ def training_labels(task: TransferTask) -> Tensor | None:
     return torch.cat([part.labels for part in (task.source, task.target_labelled) if part is not None])
 
 
-def rebuild_method(
+def rebuild_model(
     folder: RunFolder, config: Config, components: Components, device: torch.device
-) -> tuple[Method, TaskShape]:
-    """The method of a finished run with the weights that its selection kept, and the shape of its task.
+) -> tuple[Predictor, TaskShape]:
+    """The model of a finished run: its method with the weights that the selection kept, recalibrated where it was; and the
+    shape of its task.
 
     Raises:
         TransferError: no whole checkpoint, or one of another configuration.
@@ -244,7 +267,12 @@ def rebuild_method(
     config = replace(config, source_model=None)  # nor is what training started from needed
     method = build_method(config, {**components, "backbone": backbone}, shape, device, trained=True)
     method.load_state_dict(kept["method"])
-    return method, shape
+    if config.calibration == config.conformal == "none":
+        return method, shape
+    calibration = read_checkpoint(folder.calibration)
+    if calibration is None:
+        raise TransferError(f"{folder.calibration} is missing or not whole: force=true runs the experiment again.")
+    return Calibrated.restore(method, calibration), shape
 
 
 def read_source_model(path: str, shape: TaskShape) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from transfer_cli.config.compose import resolve_components
 from transfer_cli.config.identity import identify
 from transfer_cli.config.schema import Config
 from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.calibrated import calibrate
 from transfer_cli.evaluation.evaluator import make_evaluator
 from transfer_cli.loops.console import Console
 from transfer_cli.loops.devices import choose_device, reproducible, use_threads
@@ -67,9 +68,14 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
                 # the method's phases
                 steps = run_phases(session)
 
-                # held-out source and target, with the weights that the selection kept
+                # the weights that the selection kept, recalibrated where that is asked for
                 session.load_best()
-                result = outputs.write_result(session, folder, config, components, loaded=loaded, steps=steps)
+                model, found = calibrate(evaluator, method, config)
+
+                # held-out source and target
+                result = outputs.write_result(
+                    session, model, found, folder, config, components, loaded=loaded, steps=steps
+                )
                 folder.set_status("finished")
         except Exception as error:
             folder.set_status(

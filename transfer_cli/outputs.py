@@ -23,7 +23,9 @@ from transfer_cli.build import Components
 from transfer_cli.config.identity import MACHINERY_VERSION, Identity, label, method_label
 from transfer_cli.config.schema import OPTIONAL_COMPONENTS, Config
 from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.calibrated import Calibrated
 from transfer_cli.evaluation.health import proxy_a_distance
+from transfer_cli.loops.checkpoints import serialise
 from transfer_cli.loops.session import Session
 from transfer_cli.run_folder import RESULT_SCHEMA, RunFolder, read_json, write_atomically, write_json
 
@@ -100,16 +102,30 @@ def check_same_ground(folder: RunFolder, fingerprints: dict[str, str], device: t
 
 
 def write_result(
-    session: Session, folder: RunFolder, config: Config, components: Components, *, loaded: float, steps: int
+    session: Session,
+    model: Calibrated,
+    found: dict[str, Any],
+    folder: RunFolder,
+    config: Config,
+    components: Components,
+    *,
+    loaded: float,
+    steps: int,
 ) -> dict[str, Any]:
-    """Evaluate the session's method (the kept weights); write predictions.npz, features.npz, examples.npz and, last, result.json.
+    """Evaluate the model: the session's method with its kept weights, recalibrated as `found` says; write predictions.npz,
+    features.npz, examples.npz and, last, result.json.
 
     `loaded`: the seconds that data and model took to build.
     """
     fitted, began = session.clock.seconds(), time.perf_counter()
     evaluator, monitor, task = session.monitor.evaluator, session.monitor, session.task
-    metrics, validators, arrays = evaluator.final(session.method)
-    features, examples = evaluator.samples(session.method)
+    metrics, validators, arrays = evaluator.final(model)
+    if model.calibration is not None:
+        found["calibration"]["before"], validators, plain = evaluator.final(session.method)
+        arrays |= {f"{name}_before": value for name, value in plain.items() if name.endswith(("_probs", "_variance"))}
+    if model.calibration is not None or model.conformal is not None:
+        write_atomically(folder.calibration, serialise(model.state()))
+    features, examples = evaluator.samples(model)
     for path, content in ((folder.predictions, arrays), (folder.features, features), (folder.examples, examples)):
         write_arrays(path, content)
     seconds = {"load": loaded, "fit": fitted, "evaluate": time.perf_counter() - began}
@@ -141,6 +157,7 @@ def write_result(
         },
         "validators": validators,
         "fit": monitor.fit,
+        **found,
         "health": {"proxy_a_distance": _a_distance(features, config.seed), "warnings": session.health.warnings},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "steps": steps,

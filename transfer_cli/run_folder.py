@@ -32,6 +32,7 @@ class RunFolder:
     features = property(lambda self: self.path / "features.npz")
     examples = property(lambda self: self.path / "examples.npz")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    calibration = property(lambda self: self.path / "checkpoints" / "calibration.pt")
     figures = property(lambda self: self.path / "figures")
     log = property(lambda self: self.path / "run.log")
 

@@ -26,16 +26,16 @@ def main(argv: list[str]) -> int:
     config.device = arguments.device
     config.data_root = arguments.data_root or config.data_root
 
-    from transfer_cli.build import pose_problem, rebuild_method
+    from transfer_cli.build import pose_problem, rebuild_model
     from transfer_cli.evaluation.evaluator import make_evaluator
     from transfer_cli.loops.devices import choose_device, use_threads
 
     device = choose_device(config.device)
     use_threads((read_json(folder.manifest) or {}).get("threads"))
     components = resolve_components(config)
-    method, _ = rebuild_method(folder, config, components, device)
+    model, _ = rebuild_model(folder, config, components, device)
     problem = pose_problem(config, components)
-    metrics, _, _ = make_evaluator(config, problem.task, problem.heldout, device).final(method)
+    metrics, _, _ = make_evaluator(config, problem.task, problem.heldout, device).final(model)
 
     for line in result_lines({**recorded, "metrics": metrics}, folder.path):
         print(line)
@@ -49,10 +49,10 @@ def main(argv: list[str]) -> int:
 def differences(recorded: dict[str, dict[str, float] | None], found: dict[str, dict[str, float] | None]) -> list[str]:
     """A line for every figure that is off by more than `TOLERANCE`, relative to its size."""
     lines = []
-    for split in sorted({*recorded, *found}):
+    for split in sorted(recorded):
         before, now = recorded.get(split) or {}, found.get(split) or {}
-        for name in sorted({*before, *now}):
-            a, b = before.get(name, float("nan")), now.get(name, float("nan"))
+        for name in sorted(before):  # this version may know figures that the run's did not
+            a, b = before[name], now.get(name, float("nan"))
             if not abs(a - b) <= TOLERANCE * max(1.0, abs(a)):
                 lines.append(f"{split} {name}: {a} in result.json, {b} now")
     return lines

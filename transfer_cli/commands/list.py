@@ -19,7 +19,7 @@ from transfer_cli.config.folders import config_folders, names_in
 from transfer_cli.errors import TransferError, suggest
 from transfer_cli.registry import add_working_directory
 
-ALIASES = {"source": "dataset", "target": "dataset", "then": "method", "strong": "augment"}
+ALIASES = {"source": "dataset", "target": "dataset", "ood": "dataset", "then": "method", "strong": "augment"}
 LONGEST_CHAIN = 20  # of base classes
 
 

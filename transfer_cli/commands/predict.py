@@ -32,9 +32,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--level",
         type=_level,
-        default=0.95,
+        default=None,
         metavar="SHARE",
-        help="regression: the share of values that an interval is to hold (default: 0.95)",
+        help="regression: the share of values that an interval is to hold (default: 0.95, or a conformal run's own)",
+    )
+    parser.add_argument(
+        "--risk",
+        type=float,
+        default=None,
+        metavar="RISK",
+        help="abstain where the probability of an error, or in regression half the width of the interval, is above this",
     )
     parser.add_argument("--output", default=None, help="a file instead of standard output")
     parser.add_argument("--batch-size", type=int, default=256)
@@ -46,17 +53,22 @@ def main(argv: list[str]) -> int:
         parser.error("name files, or a data set with --dataset")
 
     folder, config = load_run(arguments.run)
+    level = arguments.level
+    if config.conformal != "none" and level not in (None, config.conformal_level):
+        raise TransferError(
+            f"--level {level}: this run's intervals are conformal at {config.conformal_level:g}, and at no other level."
+        )
     config.data_root = arguments.data_root or config.data_root
 
     import torch
 
-    from transfer_cli.build import rebuild_method
+    from transfer_cli.build import rebuild_model
     from transfer_cli.data.batching import in_order
     from transfer_cli.loops.devices import choose_device
 
     device = choose_device(arguments.device)
-    method, shape = rebuild_method(folder, config, resolve_components(config), device)
-    method.eval()
+    model, shape = rebuild_model(folder, config, resolve_components(config), device)
+    model.eval()
     names, inputs = (
         _dataset(config, arguments.dataset, shape.input) if arguments.dataset else _files(arguments.files, shape.input)
     )
@@ -66,8 +78,10 @@ def main(argv: list[str]) -> int:
         position = 0
         with torch.inference_mode():
             for x in in_order(inputs, arguments.batch_size, device, arguments.workers):
-                prediction = method.predict(x)
-                for row in _rows(prediction, shape.label_space.evaluated, arguments.format == "jsonl", arguments.level):
+                prediction = model.predict(x)
+                for row in _rows(
+                    prediction, shape.label_space.evaluated, arguments.format == "jsonl", level, arguments.risk
+                ):
                     write({"sample": names[position], **row})
                     position += 1
     return 0
@@ -108,7 +122,7 @@ def _dataset(config: Config, choice: Sequence[str], spec: InputSpec) -> tuple[li
 
     from transfer_cli.config.hydra_glue import composed
     from transfer_cli.data.domain import Place
-    from transfer_cli.data.reconcile import conform
+    from transfer_cli.data.reconcile import as_samples
 
     name, *keys = choice
     wrong = [key for key in keys if "=" not in key]
@@ -120,12 +134,7 @@ def _dataset(config: Config, choice: Sequence[str], spec: InputSpec) -> tuple[li
     chosen = component("dataset", OmegaConf.to_container(node, resolve=True), config.plugins)  # type: ignore[arg-type]
     domain = chosen.build(Place(data_root(config), config.download)).load()
     part = domain.test if domain.test is not None else domain.train
-    if part.inputs.spec.kind != spec.kind:
-        raise TransferError(f"{domain.name} is {part.inputs.spec}; this run was trained on {spec}.")
-    inputs = conform(part.inputs, spec.shape[0], spec.shape[1]) if spec.kind == "image" else part.inputs
-    if inputs.spec.shape != spec.shape:
-        raise TransferError(f"{domain.name} is {inputs.spec}; this run was trained on {spec}.")
-    return list(part.ids), inputs
+    return list(part.ids), as_samples(domain.name, part.inputs, spec)
 
 
 def _level(text: str) -> float:
@@ -135,26 +144,40 @@ def _level(text: str) -> float:
     return value
 
 
-def _rows(prediction: Any, classes: Sequence[str], every_class: bool, level: float) -> Iterator[dict[str, Any]]:
+def _rows(
+    prediction: Any, classes: Sequence[str], every_class: bool, level: float | None, risk: float | None
+) -> Iterator[dict[str, Any]]:
+    """`abstains` with a `risk`; `set` of a conformal run, its classes from the most probable on."""
     if prediction.log_probs is not None:
-        for probs in prediction.probs.cpu():
+        members = None if prediction.members is None else prediction.members.cpu()
+        for i, probs in enumerate(prediction.probs.cpu()):
             best = int(probs.argmax())
-            row = {"class": classes[best], "probability": round(float(probs[best]), 6)}
+            row: dict[str, Any] = {"class": classes[best], "probability": round(float(probs[best]), 6)}
+            if members is not None:
+                inside = [classes[c] for c in probs.argsort(descending=True).tolist() if members[i, c]]
+                row["set"] = inside if every_class else "|".join(inside)
+            if risk is not None:
+                row["abstains"] = bool(1 - probs[best] > risk)
             yield {**row, "probabilities": dict(zip(classes, probs.tolist(), strict=False))} if every_class else row
         return
-    half = NormalDist().inv_cdf((1 + level) / 2)  # in standard deviations
+    half = NormalDist().inv_cdf((1 + (level or 0.95)) / 2)  # in standard deviations
     columns = {"mean": prediction.mean.double().cpu(), "std": prediction.variance.double().sqrt().cpu()}
-    columns["lower"] = columns["mean"] - half * columns["std"]
-    columns["upper"] = columns["mean"] + half * columns["std"]
+    if prediction.lower is not None:
+        columns |= {"lower": prediction.lower.double().cpu(), "upper": prediction.upper.double().cpu()}
+    else:
+        columns["lower"] = columns["mean"] - half * columns["std"]
+        columns["upper"] = columns["mean"] + half * columns["std"]
+    abstains = None if risk is None else ((columns["upper"] - columns["lower"]) / 2 > risk).any(1).tolist()
     if prediction.epistemic is not None:
         share = prediction.epistemic.double() / prediction.variance.double().clamp_min(1e-24)
         columns["epistemic_share"] = share.cpu()
     for i in range(len(columns["mean"])):
-        yield {
+        row = {
             f"{name}_{t}": float(f"{float(value):.7g}")  # as many digits as float32 has
             for name, values in columns.items()
             for t, value in enumerate(values[i])
         }
+        yield row if abstains is None else {**row, "abstains": abstains[i]}
 
 
 def _csv_writer(stream: Any) -> Any:

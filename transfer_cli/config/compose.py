@@ -63,12 +63,12 @@ def load_run(path: str) -> tuple[RunFolder, Config]:
 
 
 def resolve_components(config: Config) -> dict[str, Component]:
-    """Each group's choice, checked against its implementation's signature; left out are `source` and `then` where they are
+    """Each group's choice, checked against its implementation's signature; left out are `source`, `then` and `ood` where they are
     none, and `head` and `strong` where no method has a use for them."""
     for plugin in config.plugins:
         find_plugin(plugin)
     nodes = {group: getattr(config, group) for group in COMPONENTS}
-    for group in ("source", "then"):
+    for group in ("source", "then", "ood"):
         if not (nodes[group] or {}).get("implementation"):
             del nodes[group]
     for group in COMPONENTS:

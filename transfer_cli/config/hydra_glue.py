@@ -1,5 +1,5 @@
 """The real `hydra.main` under `transfer run`: its flags, sweeps, launchers and completion all work. What is added here: the
-schema, the groups `source` and `target` that both read `dataset/`, torchvision's names as backbones, the user's own folder
+schema, the groups `source`, `target` and `ood` that all read `dataset/`, torchvision's names as backbones, the user's own folder
 before the packaged one, and errors in one line.
 """
 
@@ -88,7 +88,7 @@ def _store_schema(folders: Sequence[Path]) -> None:
     store = ConfigStore.instance()
     store.store(name="base_schema", node=Config)
     for name in names_in("dataset", folders):
-        for group in ("source", "target"):
+        for group in ("source", "target", "ood"):
             store.store(group=group, name=name, node={"defaults": [{"/dataset@_here_": name}]})
     store.store(group="then", name="none", node={})
     for group, choices in (("then", "method"), ("strong", "augment")):

@@ -15,6 +15,8 @@ PROTOCOLS = ("inductive", "transductive")
 LABEL_SPACES = ("closed", "partial", "open", "separate")
 PRECISIONS = ("32", "bf16", "16")
 STORAGE = ("auto", "memory", "files", "decoded")
+CALIBRATIONS = ("none", "ts", "ts_map", "vector")
+CONFORMAL = ("none", "split", "weighted", "target")
 DOMAIN_BATCHES = ("joint", "separate", "domain_specific")
 
 
@@ -88,6 +90,7 @@ class Config:
     augment: dict[str, Any] = field(default_factory=dict)
     strong: dict[str, Any] = field(default_factory=dict)  # the augmentation of strong views
     head: dict[str, Any] = field(default_factory=dict)
+    ood: dict[str, Any] = field(default_factory=dict)  # a third data set, which the model is to be unsure of
     trainer: Trainer = field(default_factory=Trainer)
     features: Features = field(default_factory=Features)
     image: Image = field(default_factory=Image)
@@ -101,6 +104,13 @@ class Config:
     selection: str = (
         "auto"  # the validator that chooses the checkpoint: auto (im, or source_val in regression), last, oracle, ...
     )
+    # After the selection, on granted labels that are kept back for it or, with none, on the source's validation samples.
+    calibration: str = "none"  # none | ts (temperature) | ts_map (temperature with a prior from the source) | vector
+    conformal: str = (
+        "none"  # none | split (scores of the source) | weighted (by density ratio) | target (of granted labels)
+    )
+    conformal_level: float = 0.9  # the share of values that prediction sets or intervals are to hold
+    calibration_share: float = 0.5  # of the granted labels that calibration and conformal=target keep back
     seed: int = 0
     data_seed: int = 0
     # What follows changes no result and stays out of a run's identity.
@@ -115,8 +125,20 @@ class Config:
     plugins: list[str] = field(default_factory=list)
 
 
-COMPONENTS = ("source", "target", "backbone", "method", "then", "optimizer", "schedule", "augment", "strong", "head")
-OPTIONAL_COMPONENTS = ("source", "then", "strong", "head")  # of which a run may have none
+COMPONENTS = (
+    "source",
+    "target",
+    "backbone",
+    "method",
+    "then",
+    "optimizer",
+    "schedule",
+    "augment",
+    "strong",
+    "head",
+    "ood",
+)
+OPTIONAL_COMPONENTS = ("source", "then", "strong", "head", "ood")  # of which a run may have none
 FILES = ("source_model",)  # keys that name files, which enter a run's identity by content
 OUTSIDE_IDENTITY = (
     "outputs",
@@ -147,6 +169,14 @@ def check(config: Config) -> None:
     check_choice(config.trainer.precision, PRECISIONS, "trainer.precision")
     check_choice(config.trainer.domain_batches, DOMAIN_BATCHES, "trainer.domain_batches")
     check_choice(config.image.storage, STORAGE, "image.storage")
+    check_choice(config.calibration, CALIBRATIONS, "calibration")
+    check_choice(config.conformal, CONFORMAL, "conformal")
+    if not 0 < config.conformal_level < 1:
+        raise TransferError(f"conformal_level is a share between 0 and 1, not {config.conformal_level}.")
+    if not 0 < config.calibration_share <= 1:
+        raise TransferError(f"calibration_share is a share above 0 and at most 1, not {config.calibration_share}.")
+    if config.conformal == "target" and config.target_labels == 0:
+        raise TransferError("conformal=target needs target labels: set target_labels=N.")
     budget = config.target_labels
     if budget != "all" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
         raise TransferError(f"target_labels must be 0, a number per class, or all; not {budget!r}.")

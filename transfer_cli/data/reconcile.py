@@ -11,7 +11,15 @@ import torch
 from transfer_cli.config.schema import Image
 from transfer_cli.data.decoded import decode_once
 from transfer_cli.data.domain import Domain, Part
-from transfer_cli.data.inputs import ArrayInputs, ImageFiles, Inputs, ResizedArrays, convert_channels, resize_square
+from transfer_cli.data.inputs import (
+    ArrayInputs,
+    ImageFiles,
+    Inputs,
+    InputSpec,
+    ResizedArrays,
+    convert_channels,
+    resize_square,
+)
 from transfer_cli.errors import TransferError
 
 
@@ -67,6 +75,19 @@ def reconcile(
         if changes:
             notes.append(f"{domain.name}: {', '.join(changes)}")
     return (_apply(source, plan) if source is not None else None), _apply(target, plan), notes
+
+
+def as_samples(name: str, inputs: Inputs, spec: InputSpec) -> Inputs:
+    """Inputs of the data set `name` as samples of `spec`, to which images are resized and converted.
+
+    Raises:
+        TransferError: of another kind or width.
+    """
+    if inputs.spec.kind == spec.kind == "image":
+        return conform(inputs, spec.shape[0], spec.shape[1])
+    if inputs.spec != spec:
+        raise TransferError(f"{name} is {inputs.spec}; this run is trained on {spec}.")
+    return inputs
 
 
 def conform(inputs: Inputs, channels: int, size: int) -> Inputs:

@@ -114,7 +114,8 @@ class TransferTask:
     """All that a method and its loops may see.
 
     `source` is None in source-free settings. `target_unlabelled` holds every target training input, granted samples
-    included. Class labels of `source` index `label_space.source`; those of `target_labelled` index `label_space.classes`.
+    included. Class labels of `source` index `label_space.source`; those of `target_labelled` and of `target_calibration`, the
+    granted samples that are kept back for calibration, index `label_space.classes`.
     """
 
     kind: Kind
@@ -126,6 +127,7 @@ class TransferTask:
     target_unlabelled: Unlabelled
     target_validation: Unlabelled
     target_labelled: Part | None
+    target_calibration: Part | None = None
 
     @property
     def source_labels_fit_head(self) -> bool:
@@ -139,10 +141,14 @@ class TransferTask:
 
 @dataclass(frozen=True)
 class Heldout:
-    """Labelled test samples, for the evaluator alone; target labels index `label_space.evaluated`."""
+    """Labelled test samples, for the evaluator alone; target labels index `label_space.evaluated`.
+
+    `ood`: inputs of a third data set, which a model is to be unsure of.
+    """
 
     source_test: Part | None
     target_test: Part
+    ood: Unlabelled | None = None
 
 
 def match_labels(source: Domain | None, target: Domain, setting: str) -> LabelSpace:
@@ -193,8 +199,12 @@ def split_pair(
     validation_share: float,
     subset: dict[str, int | None],
     data_seed: int,
+    reserve: float = 0.0,
 ) -> tuple[TransferTask, Heldout]:
-    """Draw splits, subsets and granted target samples, all a function of `data_seed` and, but for the grants, blind to labels."""
+    """Draw splits, subsets and granted target samples, all a function of `data_seed` and, but for the grants, blind to labels.
+
+    `reserve`: the share of the granted samples that is kept back for calibration.
+    """
     if source is not None and source.train.labels.shape[1:] != target.train.labels.shape[1:]:
         widths = (f"{d.name} has {d.train.labels.shape[1]}" for d in (source, target))
         raise TransferError(f"source and target differ in the number of regression targets: {', '.join(widths)}.")
@@ -235,6 +245,9 @@ def split_pair(
             labelled = replace(labelled, labels=index[labelled.labels])
             known = labelled.labels < len(space.classes)
             labelled = labelled if bool(known.all()) else labelled.take(known.nonzero()[:, 0])
+    reserved = None
+    if labelled is not None and reserve > 0:
+        labelled, reserved = deal(labelled, reserve, torch.Generator().manual_seed(derive_seed(data_seed, "reserve")))
 
     task = TransferTask(
         kind=target.kind,
@@ -245,7 +258,8 @@ def split_pair(
         source_validation=source_val if source_val is not None and len(source_val) else None,
         target_unlabelled=Unlabelled.of(unlabelled),
         target_validation=Unlabelled.of(validation if len(validation) else unlabelled),
-        target_labelled=labelled,
+        target_labelled=labelled if labelled is not None and len(labelled) else None,
+        target_calibration=reserved,
     )
     return task, Heldout(source_test, target_test)
 
@@ -303,6 +317,17 @@ def _grant(part: Part, budget: Any, target: Domain, draw: torch.Generator) -> tu
     kept = torch.ones(len(part), dtype=torch.bool)
     kept[chosen] = False
     return part.take(chosen.sort().values), part.take(kept.nonzero()[:, 0])
+
+
+def deal(part: Part, share: float, draw: torch.Generator) -> tuple[Part, Part]:
+    """The part without a share of its samples, and these; of every class as evenly as can be."""
+    order = torch.randperm(len(part), generator=draw)
+    if part.labels.ndim == 1:  # classes take turns
+        own = torch.nn.functional.one_hot(part.labels[order])
+        turn = (own.cumsum(0) * own).sum(1)
+        order = order[turn.argsort(stable=True)]
+    kept = len(part) - round(share * len(part))
+    return part.take(order[:kept].sort().values), part.take(order[kept:].sort().values)
 
 
 def _check_every_class(source: Domain, train: Part) -> None:

@@ -17,7 +17,7 @@ from transfer_cli.data.inputs import ArrayInputs, FeatureInputs, Inputs
 from transfer_cli.data.task import Heldout, TransferTask
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.health import evenly, prediction_health
-from transfer_cli.evaluation.metrics import score
+from transfer_cli.evaluation.metrics import final_score, out_of_distribution, score
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.evaluation.validators import VALIDATORS, WITHOUT_A_SCORE, Validator, View, applicable, load_validator
 from transfer_cli.run_folder import HEADLINE
@@ -87,7 +87,7 @@ class Evaluator:
 
     def look(self, method: Predictor) -> Look:
         """Every validator's score, and the figures on the target test set (for the record and the oracle alone)."""
-        view, test = self._view(method), self._predict(method, self.heldout.target_test.inputs)
+        view, test = self._view(method), self.predict(method, self.heldout.target_test.inputs)
         return replace(self._look(view, test), health={**prediction_health(view), **self._feature_norms(method)})
 
     def _look(self, view: View, test: Prediction) -> Look:
@@ -108,16 +108,16 @@ class Evaluator:
         for domain, part in (("source", self.task.source_validation), ("target", self.task.target_validation)):
             if part is not None and len(part):
                 few = part.inputs.take(evenly(len(part), min(NORMED, self.batch_size)))
-                features = self._run(method, few, _features(method, domain), workers=0)[0].flatten(1)
+                features = self.run(method, few, _features(method, domain), workers=0)[0].flatten(1)
                 norms[f"feature_norm_{domain}"] = float(features.double().norm(dim=1).mean())
         return norms
 
     def _view(self, method: Predictor) -> View:
-        target = self._predict(method, self.task.target_validation.inputs)
+        target = self.predict(method, self.task.target_validation.inputs)
         part = self.task.source_validation
         if part is None or not self.task.source_labels_fit_head:
             return View(self.task.kind, None, None, target)
-        return View(self.task.kind, self._predict(method, part.inputs, "source"), part.labels, target)
+        return View(self.task.kind, self.predict(method, part.inputs, "source"), part.labels, target)
 
     def final(self, method: Predictor) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
         """Metrics by split, validators' scores, and arrays for predictions.npz."""
@@ -127,12 +127,15 @@ class Evaluator:
         if self.heldout.source_test is not None and self.task.source_labels_fit_head:
             parts["source_test"] = self.heldout.source_test
         for split, part in parts.items():
-            prediction = self._predict(method, part.inputs, split.removesuffix("_test"))
+            prediction = self.predict(method, part.inputs, split.removesuffix("_test"))
             known = self.known if split == "target_test" else None
             metrics[split] = score(self.task.kind, prediction, part.labels, known)
+            metrics[split] |= final_score(prediction, part.labels)
             arrays.update(_arrays(split, prediction, part.labels, part.ids))
             if split == "target_test":
                 validators = self._look(self._view(method), prediction).validators
+                if self.heldout.ood is not None:
+                    metrics["ood"] = out_of_distribution(prediction, self.predict(method, self.heldout.ood.inputs))
         return metrics, validators, arrays
 
     def samples(self, method: Predictor) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,7 +147,7 @@ class Evaluator:
                 continue
             few = part.take(torch.arange(min(SAMPLE, len(part))))
             function = _features(method, split.removesuffix("_test"))
-            features[split] = torch.cat(self._run(method, few.inputs, function)).numpy()
+            features[split] = torch.cat(self.run(method, few.inputs, function)).numpy()
             features[f"{split}_labels"] = few.labels.numpy()
             shown = few.inputs.take(torch.arange(min(EXAMPLES, len(few))))
             if isinstance(shown, FeatureInputs):
@@ -162,14 +165,19 @@ class Evaluator:
             if part is None or not len(part) or part.inputs.spec.kind != "image":
                 return {}
             few = part.inputs.take(evenly(len(part), PICTURED))
-            images.append(torch.cat(self._run(method, few, lambda x: x, workers=0)))
+            images.append(torch.cat(self.run(method, few, lambda x: x, workers=0)))
         with torch.inference_mode(), isolated(self.seed, self.device):
             made = method.pictures(*images)
         return {name: x.float().mul(255).round().clamp(0, 255).byte().cpu().numpy() for name, x in made.items()}
 
-    def _predict(self, method: Predictor, inputs: Inputs, domain: str = "target") -> Prediction:
+    def predict(self, method: Predictor, inputs: Inputs, domain: str = "target") -> Prediction:
+        """What the method predicts of inputs of a domain, on the CPU; the run's own random draws stay as they are.
+
+        Raises:
+            TransferError: a number that is not finite.
+        """
         function = method.predict_source if domain == "source" else method.predict
-        prediction = Prediction.concatenate(self._run(method, inputs, function))
+        prediction = Prediction.concatenate(self.run(method, inputs, function))
         if not prediction.is_finite():
             raise TransferError(
                 "the predictions are not finite: the weights have diverged. A lower optimizer.lr or trainer.clip_norm=1 "
@@ -177,7 +185,11 @@ class Evaluator:
             )
         return prediction
 
-    def _run(
+    def features(self, method: Predictor, inputs: Inputs, domain: str) -> Tensor:
+        """The method's features `(N, D)` of inputs of a domain, float32 on the CPU."""
+        return torch.cat(self.run(method, inputs, _features(method, domain))).flatten(1)
+
+    def run(
         self, method: Predictor, inputs: Inputs, function: Callable[[Any], Any], workers: int | None = None
     ) -> list[Any]:
         method.eval()
@@ -219,8 +231,10 @@ def _arrays(split: str, prediction: Prediction, labels: Tensor, ids: Sequence[st
     arrays: dict[str, Any] = {f"{split}_labels": labels.numpy(), f"{split}_ids": np.array(ids)}
     if prediction.log_probs is not None:
         arrays[f"{split}_probs"] = prediction.probs.float().numpy()
-    for name in ("mean", "variance", "epistemic"):
+    for name in ("mean", "variance", "epistemic", "lower", "upper"):
         value = getattr(prediction, name)
         if value is not None:
             arrays[f"{split}_{name}"] = value.float().numpy()
+    if prediction.members is not None:
+        arrays[f"{split}_members"] = prediction.members.numpy()
     return arrays

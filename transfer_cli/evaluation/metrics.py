@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.methods.math.temperature import fit_temperature
 
 
 def score(kind: str, prediction: Prediction, labels: Tensor, known: int | None = None) -> dict[str, float]:
@@ -20,16 +21,77 @@ def score(kind: str, prediction: Prediction, labels: Tensor, known: int | None =
     return regression(prediction.mean, prediction.variance, labels, prediction.epistemic)
 
 
+def final_score(prediction: Prediction, labels: Tensor) -> dict[str, float]:
+    """What is told of the final predictions alone: in classification `aurc` and `nll_best_temperature`, the NLL at the
+    temperature that fits these very labels best (Ashukha et al., ICLR 2020: models compare there, whatever their calibration);
+    of sets or intervals their coverage and mean size, `conformal_unbounded` the share of infinite intervals, left out of the mean.
+    """
+    figures: dict[str, float] = {}
+    if prediction.log_probs is not None:
+        log_probs, labels = padded(prediction.log_probs, labels), labels.cpu()
+        figures["aurc"] = area_under_risk_coverage(log_probs.max(1).values, log_probs.argmax(1) != labels)
+        best = fit_temperature(log_probs, labels)
+        figures["nll_best_temperature"] = float(torch.nn.functional.cross_entropy(log_probs / best, labels))
+    if prediction.members is not None:
+        members = torch.nn.functional.pad(
+            prediction.members.cpu(), (0, max(0, int(labels.max()) + 1 - prediction.members.shape[1]))
+        )
+        figures["conformal_coverage"] = float(members.gather(1, labels[:, None]).double().mean())
+        figures["conformal_size"] = float(members.sum(1).double().mean())
+    if prediction.lower is not None and prediction.upper is not None:
+        lower, upper, y = prediction.lower.double().cpu(), prediction.upper.double().cpu(), labels.double().cpu()
+        width = upper - lower
+        bounded = width.isfinite()
+        figures["conformal_coverage"] = float(((lower <= y) & (y <= upper)).double().mean())
+        if bool(bounded.any()):
+            figures["conformal_size"] = float(width[bounded].mean())
+        figures["conformal_unbounded"] = float((~bounded).double().mean())
+    return figures
+
+
+def area_under_risk_coverage(confidence: Tensor, wrong: Tensor) -> float:
+    """The mean over n of the share of errors among the n most confident samples (Geifman, Uziel & El-Yaniv, ICLR 2019)."""
+    errors = wrong.double()[confidence.argsort(descending=True, stable=True)].cumsum(0)
+    return float((errors / torch.arange(1, len(errors) + 1)).mean())
+
+
+def out_of_distribution(known: Prediction, strange: Prediction) -> dict[str, float]:
+    """How well uncertainty tells strange samples from known ones (Hendrycks & Gimpel, ICLR 2017): `auroc`, the share of pairs in
+    which the strange one is the more uncertain, and `fpr95`, the share of strange ones accepted where 95 % of the known ones are.
+
+    The uncertainty is the entropy of the classes; in regression the mean variance, its epistemic part where that is known.
+    """
+    u, v = (uncertainty(p) for p in (known, strange))
+    ranks = torch.searchsorted(u.sort().values, v, side="left") + torch.searchsorted(u.sort().values, v, side="right")
+    accepted = u.sort().values[math.ceil(0.95 * len(u)) - 1]
+    return {"auroc": float(ranks.double().mean()) / (2 * len(u)), "fpr95": float((v <= accepted).double().mean())}
+
+
+def uncertainty(prediction: Prediction) -> Tensor:
+    """`(N,)`, in float64 on the CPU."""
+    if prediction.log_probs is not None:
+        return torch.special.entr(prediction.probs.double().cpu()).sum(1)
+    assert prediction.variance is not None
+    spread = prediction.variance if prediction.epistemic is None else prediction.epistemic
+    return spread.double().cpu().mean(1)
+
+
+def padded(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """`(N, K')` in float64 on the CPU: classes beyond K, which the method cannot name, have probability zero."""
+    log_probs = log_probs.double().cpu()
+    extra = int(labels.max()) + 1 - log_probs.shape[1]
+    if extra <= 0:
+        return log_probs
+    floor = math.log(torch.finfo(torch.float32).tiny)
+    return torch.cat([log_probs, torch.full((len(log_probs), extra), floor, dtype=torch.float64)], 1)
+
+
 def classification(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy, macro-F1, NLL (nats), Brier score (summed over classes), ECE (15 equal-width bins) and its equal-mass form.
 
     `log_probs` `(N, K)`, `labels` `(N,)`; a label beyond K (a class that the method cannot name) has probability zero.
     """
-    log_probs, labels = log_probs.double().cpu(), labels.cpu()
-    extra = int(labels.max()) + 1 - log_probs.shape[1]
-    if extra > 0:
-        floor = math.log(torch.finfo(torch.float32).tiny)
-        log_probs = torch.cat([log_probs, torch.full((len(log_probs), extra), floor, dtype=torch.float64)], 1)
+    log_probs, labels = padded(log_probs, labels), labels.cpu()
     probs, guesses = log_probs.exp(), log_probs.argmax(1)
     confidence = probs.gather(1, guesses[:, None])[:, 0]
     right = (guesses == labels).double()

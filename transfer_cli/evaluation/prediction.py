@@ -13,12 +13,17 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Prediction:
     """Classification: `log_probs` `(B, K)`. Regression: `mean` and `variance` `(B, T)` in the targets' units, `variance`
-    the whole of it and `epistemic` the part that more data would remove, where the method knows it."""
+    the whole of it and `epistemic` the part that more data would remove, where the method knows it.
+
+    Of a conformal run: the set of classes `members` `(B, K)`, or the interval from `lower` to `upper` `(B, T)`."""
 
     log_probs: Tensor | None = None
     mean: Tensor | None = None
     variance: Tensor | None = None
     epistemic: Tensor | None = None
+    members: Tensor | None = None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor) -> Prediction:

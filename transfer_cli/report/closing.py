@@ -34,7 +34,12 @@ def result_lines(result: Mapping[str, Any] | None, path: Path) -> list[str]:
             f"{split.replace('_', ' '):13}"
             + "".join(f"  {row.get(name, ''):>{width}}" for name, width in widths.items())
         )
-    verdict = _transfer_lines(result.get("fit", {}))
+    verdict = [
+        *_transfer_lines(result.get("fit", {})),
+        *_calibration_lines(result),
+        *_set_lines(result),
+        *_ood_lines(result),
+    ]
     return [*lines, *verdict, _checkpoint_line(result), *warning_lines(result, path), _folder_line(path)]
 
 
@@ -76,6 +81,51 @@ def _transfer_lines(fit: Mapping[str, float]) -> list[str]:
         verdict = "it is not clear that the source helps" if weight > 1 - HELPS else "the source does not help"
     gain = f" (log evidence {fit['log_evidence_gain']:+.1f})" if "log_evidence_gain" in fit else ""
     return [f"transfer weight {weight:.2f}: {verdict}{gain}"]
+
+
+def _calibration_lines(result: Mapping[str, Any]) -> list[str]:
+    found = result.get("calibration")
+    if not found:
+        return []
+    source = f" (the source's {found['temperature_source']:.3g})" if "temperature_source" in found else ""
+    classes = result["kind"] == "classification"
+    figure, name, factor = ("ECE", "ece", "temperature") if classes else ("NLL", "nll", "deviations times")
+    before, after = (splits["target_test"][name] for splits in (found["before"], result["metrics"]))
+    return [
+        f"calibration {found['kind']} on {found['labels']:,} {found['domain']} labels: "
+        f"{factor} {found['temperature']:.3g}{source}; {figure} on the target {before:.3f} -> {after:.3f}"
+    ]
+
+
+def _set_lines(result: Mapping[str, Any]) -> list[str]:
+    found = result.get("conformal")
+    if not found:
+        return []
+    metrics = result["metrics"]["target_test"]
+    size = metrics.get("conformal_size", math.inf)
+    what = f"sets of {size:.2f} classes" if result["kind"] == "classification" else f"intervals {size:.4g} wide"
+    labels, effective = found["labels"], found["effective_labels"]
+    of = f"{labels:,}" if effective > 0.999 * labels else f"{labels:,} (effectively {effective:.0f})"
+    lines = [
+        f"conformal {found['kind']} at {_percent(found['level'])} on {of} {found['domain']} labels: {what} that hold "
+        f"{_percent(metrics['conformal_coverage'])} of the target"
+    ]
+    if found["few"]:
+        spread = math.sqrt(found["level"] * (1 - found["level"]) / effective)
+        lines.append(
+            f"warning: so few labels leave the coverage of these {'sets' if result['kind'] == 'classification' else 'intervals'} "
+            f"uncertain by some {_percent(spread)}"
+        )
+    return lines
+
+
+def _ood_lines(result: Mapping[str, Any]) -> list[str]:
+    found = result["metrics"].get("ood")
+    if not found:
+        return []
+    return [
+        f"out of distribution: AUROC {_percent(found['auroc'])}, false positives at 95 % {_percent(found['fpr95'])}"
+    ]
 
 
 def _checkpoint_line(result: Mapping[str, Any]) -> str:

@@ -30,12 +30,14 @@ NAMED_CLASSES = 30  # beyond them neither names nor numbers fit
 POINTS = 300  # with an interval each, for every output
 OUTPUTS = 4
 TILE = 0.5  # inches of an image and its gap
+BINS = 15  # of confidence, as in the ECE
 NORMAL_95 = 1.959964  # half-width of a Gaussian's 95 % interval, in standard deviations
 
 
 def draw_figures(folder: RunFolder) -> None:
     """Write `figures/learning_curves.png` (where a curve has two points) and `figures/confusion_target_test.png`, or in
-    regression `figures/predicted_target_test.png`; `figures/translations.png` where the method made pictures."""
+    regression `figures/predicted_target_test.png`; `figures/reliability.png`; `figures/translations.png` where the method
+    made pictures."""
     import numpy as np
 
     result, (curves, phases) = read_json(folder.result), _read_events(folder)
@@ -43,11 +45,17 @@ def draw_figures(folder: RunFolder) -> None:
     if any(len(set(steps)) > 1 for split in curves.values() for steps, _ in split.values()):
         _save(_learning_curves(curves, phases, result), folder, "learning_curves.png")
     with np.load(folder.predictions) as arrays:
-        test = {key.removeprefix("target_test_"): arrays[key] for key in arrays.files if key.startswith("target_test_")}
+        splits: dict[str, dict[str, Any]] = {"target test": {}, "source test": {}}
+        for key in arrays.files:
+            domain, _, name = key.partition("_test_")
+            splits[f"{domain} test"][name] = arrays[key]
+    test = splits["target test"]
     if result["kind"] == "classification":
         _save(_confusion(test, result), folder, "confusion_target_test.png")
+        _save(_reliability(splits, result), folder, "reliability.png")
     else:
         _save(_predicted(test, result), folder, "predicted_target_test.png")
+        _save(_sharpness(test, result), folder, "reliability.png")
     if panels := _pictures(folder):
         _save(_translations(panels, result), folder, "translations.png")
 
@@ -310,6 +318,100 @@ def _coverage(axis: Axes, true: np.ndarray, guess: np.ndarray, sigma: np.ndarray
     )
     axis.set_xlabel("stated level of the interval, %", fontsize=9)
     axis.set_ylabel("true values inside, %", fontsize=9)
+
+
+def _reliability(splits: Mapping[str, Mapping[str, np.ndarray]], result: Mapping[str, Any]) -> Figure:
+    """Accuracy against confidence in 15 bins, how often each confidence occurs, and the errors left when the least sure are
+    left out."""
+    import numpy as np
+
+    figure = _figure(13.2, 4.4)
+    axes = figure.subplots(1, 3)
+    axes[0].plot([0, 1], [0, 1], color=CHOSEN, linewidth=1, linestyle=(0, (4, 2)), label="calibrated")
+    for name, colour in (("target test", TARGET), ("source test", COLOURS[0])):
+        split = splits[name]
+        if not split:
+            continue
+        variants = (
+            [("", "probs")] if "probs_before" not in split else [("", "probs"), (" before calibration", "probs_before")]
+        )
+        for word, key in variants:
+            confidence, right = split[key].max(1).astype(float), split[key].argmax(1) == split["labels"]
+            style = (0, (1, 1.5)) if word else "-"
+            middle, share, ece = _bins(confidence, right)
+            label = f"{name}{word}, ECE {ece:.3f}"
+            axes[0].plot(middle, share, marker=".", color=colour, linestyle=style, linewidth=1.3, label=label)
+            if word:
+                continue
+            axes[1].hist(confidence, bins=np.linspace(0, 1, BINS + 1), weights=np.full(len(right), 100 / len(right)),
+                         histtype="step", color=colour, linewidth=1.3, label=name)  # fmt: skip
+            errors = np.cumsum(~right[np.argsort(-confidence, kind="stable")]) / np.arange(1, len(right) + 1)
+            kept = 100 * np.arange(1, len(right) + 1) / len(right)
+            axes[2].plot(kept, 100 * errors, color=colour, linewidth=1.5, label=f"{name}, AURC {errors.mean():.3f}")
+    for axis, x, y, place in (
+        (axes[0], "confidence", "accuracy", "lower right"),
+        (axes[1], "confidence", "samples, %", "upper left"),
+        (axes[2], "samples kept, the surest first, %", "errors among them, %", "best"),
+    ):
+        _dress(axis, x, y, place)
+    axes[2].set_ylim(bottom=0)
+    figure.suptitle(_title(result), fontsize=10, parse_math=False)
+    return figure
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean confidence and accuracy of the bins that hold samples, closed on the right, and the ECE."""
+    import numpy as np
+
+    index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    count = np.bincount(index, minlength=BINS)
+    full = count > 0
+    middle = np.bincount(index, confidence, BINS)[full] / count[full]
+    share = np.bincount(index, right, BINS)[full] / count[full]
+    return middle, share, float((np.abs(middle - share) * count[full]).sum() / len(right))
+
+
+def _sharpness(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Figure:
+    """For each of the first outputs a row: mean width of the intervals against the share they hold, and the error left when the
+    least sure are left out."""
+    import numpy as np
+
+    labels, mean, sigma = (_columns(a.astype(float)) for a in (test["labels"], test["mean"], np.sqrt(test["variance"])))
+    outputs = min(labels.shape[1], OUTPUTS)
+    figure = _figure(8.8, 0.6 + 4.0 * outputs)
+    halves = np.array([NormalDist().inv_cdf((1 + level) / 2) for level in np.arange(1, 100) / 100])
+    for t, axes in enumerate(figure.subplots(outputs, 2, squeeze=False)):
+        error, spread = np.abs(labels[:, t] - mean[:, t]), np.maximum(sigma[:, t], 1e-12)
+        plain = np.abs(labels[:, t] - labels[:, t].mean()) / max(labels[:, t].std(), 1e-12)
+        for name, z, scale, colour in (
+            ("these", error / spread, spread.mean(), COLOURS[0]),
+            ("of the labels' mean and deviation alone", plain, labels[:, t].std(), FAINT),
+        ):
+            covered = np.searchsorted(np.sort(z), halves, side="right") / len(z)
+            axes[0].plot(100 * covered, 2 * halves * scale, color=colour, linewidth=1.5, label=name)
+        if "lower" in test and np.isfinite(test["upper"]).all():
+            inside = (test["lower"][:, t] <= labels[:, t]) & (labels[:, t] <= test["upper"][:, t])
+            width = float((test["upper"] - test["lower"])[:, t].mean())
+            level = f"conformal at {100 * result['conformal']['level']:.0f} %"
+            axes[0].plot(100 * inside.mean(), width, "o", color=TARGET, label=level)
+        order = np.argsort(spread, kind="stable")
+        kept = np.arange(1, len(error) + 1)
+        rmse = np.sqrt(np.cumsum(np.square(error[order])) / kept)
+        axes[1].plot(100 * kept / len(error), rmse, color=COLOURS[0], linewidth=1.5, label="RMSE")
+        name = f" of output {t}" if outputs > 1 else ""
+        _dress(axes[0], "true values inside, %", f"mean width of the interval{name}", "upper left")
+        _dress(axes[1], "samples kept, the surest first, %", f"RMSE among them{name}", "best")
+        axes[1].set_ylim(bottom=0)
+    figure.suptitle(f"{_title(result)}\ntarget test", fontsize=10, parse_math=False)
+    return figure
+
+
+def _dress(axis: Axes, x: str, y: str, legend: str) -> None:
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7.5, frameon=False, loc=legend)
 
 
 def _columns(values: np.ndarray) -> np.ndarray:
