@@ -75,7 +75,8 @@ class Labels:
         alpha = torch.tensor([1 + alpha_eps, alpha_eps], dtype=torch.float64)
         noise = torch.log1p(1 / alpha)
         own, other = (alpha.log() - noise / 2).tolist()
-        return cls(own, other, *noise.tolist(), mean=(own + (classes - 1) * other) / classes)
+        own_noise, other_noise = noise.tolist()
+        return cls(own, other, own_noise, other_noise, mean=(own + (classes - 1) * other) / classes)
 
     def table(self, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """ỹ and σ̃² `(N, K)`, float64."""
@@ -146,6 +147,11 @@ def class_probs(mean: Tensor, variance: Tensor, draws: int) -> Tensor:
     return (mean + variance.sqrt() * noise).softmax(2).mean(0)
 
 
+def log(probs: Tensor) -> Tensor:
+    """A zero is taken for the smallest positive number."""
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+
+
 def whitened(x: Tensor, centre: Tensor, half: Tensor) -> Tensor:
     """`L⁻¹ (x - m)` of `(B, D)` and a column of √D, which makes the linear kernel's constant."""
     z = torch.linalg.solve_triangular(half, (x - centre).T, upper=False).T
@@ -166,7 +172,7 @@ class DirichletHead(Head):
         posterior = DirichletPosterior(state.theta, state.mean, state.anchors, state.lower, state.inner, state.weights)
         mean, variance, missed = posterior.moments(whitened(x.double(), state.centre, state.whitening))
         probs = class_probs(mean, variance + missed, self.draws)
-        return Prediction.from_logits(Prediction.from_probs(probs).log_probs / state.temperature)
+        return Prediction.from_logits(log(probs) / state.temperature)
 
 
 class DirichletGP(FeatureMethod):
@@ -243,14 +249,16 @@ class DirichletGP(FeatureMethod):
 
     def some(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Few | None:
         """At most `points` samples, those of the last part first, whose own are asked; None where no class of theirs has two."""
-        x, y, asked, room = [], [], [], self.points
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        room = self.points
         for i, (inputs, labels) in enumerate(reversed(parts)):
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:room].to(labels.device)
-            x, y, room = [*x, inputs[order]], [*y, labels[order]], room - len(order)
-            asked.append(torch.full_like(labels[order], i == 0, dtype=torch.bool))
-        found = Few(torch.cat(x), torch.cat(y), torch.cat(asked))
-        found = replace(found, asked=found.asked & (torch.bincount(found.y)[found.y] > 1))
-        return found if bool(found.asked.any()) else None
+            asked = torch.full_like(labels[order], i == 0, dtype=torch.bool)
+            found.append((inputs[order], labels[order], asked))
+            room -= len(order)
+        few = Few(*(torch.cat(column) for column in zip(*found, strict=True)))
+        few = replace(few, asked=few.asked & (torch.bincount(few.y)[few.y] > 1))
+        return few if bool(few.asked.any()) else None
 
     def chosen(self, few: Few, classes: int) -> Hyper:
         """Of the least leave-one-out negative log-likelihood."""
@@ -277,9 +285,7 @@ class DirichletGP(FeatureMethod):
         """Log-probabilities `(N, K)` of each sample given the others."""
         posterior = DirichletPosterior.fit(hyper, few.x, few.y, classes, anchors)
         mean, variance = posterior.left_out(few.x, few.y, hyper.alpha_eps)
-        log_probs = Prediction.from_probs(class_probs(mean, variance, self.head.draws)).log_probs  # type: ignore[arg-type]
-        assert log_probs is not None
-        return log_probs
+        return log(class_probs(mean, variance, self.head.draws))  # type: ignore[arg-type]
 
     def temperature(self, few: Few, hyper: Hyper) -> float:
         scores = self.left_out(few, hyper, self.num_classes, few.x.unique(dim=0))
