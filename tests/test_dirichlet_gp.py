@@ -21,9 +21,9 @@ from transfer_cli.methods.gaussian_process.dirichlet_gp import (
     Few,
     Hyper,
     Labels,
-    class_probs,
     whitened,
 )
+from transfer_cli.methods.gaussian_process.expected_softmax import class_probs
 from transfer_cli.methods.phases import Features, FeatureTask
 
 HYPER = Hyper(alpha_eps=0.02, lengthscale=0.8, signal=4.0, linear=2.0)

@@ -33,9 +33,9 @@ from torch import Tensor
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.base import Context, Needs
-from transfer_cli.methods.bayes.bayes_head import normal_draws
 from transfer_cli.methods.bayes.summary import Summary
 from transfer_cli.methods.feature_method import FeatureMethod
+from transfer_cli.methods.gaussian_process.expected_softmax import class_probs
 from transfer_cli.methods.heads.base import Head
 from transfer_cli.methods.math.gp import cholesky
 from transfer_cli.methods.math.kernels import Kernel
@@ -137,14 +137,6 @@ class DirichletPosterior:
 
 def kernel_of(x: Tensor) -> Kernel:
     return Kernel("rbf", x.shape[1] - 1, linear=True)
-
-
-def class_probs(mean: Tensor, variance: Tensor, draws: int) -> Tensor:
-    """E softmax(f) `(B, K)`, f_k ~ N(`mean`, `variance`) `(B, K)`, over antithetic draws; without any, softmax of the mean."""
-    if not draws:
-        return mean.softmax(1)
-    noise = normal_draws(draws, mean.shape[1], mean)[:, None]
-    return (mean + variance.sqrt() * noise).softmax(2).mean(0)
 
 
 def log(probs: Tensor) -> Tensor:
