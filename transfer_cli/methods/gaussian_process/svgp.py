@@ -36,6 +36,7 @@ from transfer_cli.methods.math.sparse import JITTER, inducing_points
 from transfer_cli.methods.phases import Batch, ClosedForm, FeatureTask, Gradient, Losses, Moves, Phase, Progress, Update
 
 NOISE = 0.1  # variance at the start, standardised units
+FLOOR = 1e-6  # below which it never falls
 APART = 0.1  # of inducing points beyond the distinct samples from those, in standard deviations
 
 
@@ -151,7 +152,7 @@ class SVGP(Method):
 
     def noise(self) -> Tensor:
         """Variances `(T,)`, standardised units, float64."""
-        return NOISE * self.log_noise.double().exp()
+        return FLOOR + NOISE * self.log_noise.double().exp()
 
     def latent(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """φ `(M, B)`, and mean and variance `(B, K)` of f at features `(B, D)`."""
