@@ -60,7 +60,7 @@ class SVGP(Method):
         inducing: int = 256,
         source_power: float = 1.0,
         natural_lr: float = 0.1,
-        hyper_lr: float = 1.0,
+        hyper_lr: float = 5.0,
         network_lr: float = 0.1,
         network_steps: int | None = None,
         samples: int = 8,
