@@ -226,6 +226,18 @@ def test_few_labels_lean_on_the_source() -> None:
     assert torch.isfinite(fitted(None, few).predict(test.x).log_probs).all()
 
 
+def test_what_is_predicted_is_the_dense_process_of_the_whitened_features() -> None:
+    _, few, test = stretched(8)
+    hyper = {"alpha_eps": 0.02, "lengthscale": 0.3, "signal": 20.0, "linear": 0.5}
+    method = fitted(None, few, **hyper)
+    x, z = ((part.x - few.x.mean(0)) / few.x.std(0, correction=0) for part in (few, test))
+    mean, variance = (torch.from_numpy(column) for column in dense(x, few.y, z, 4, Hyper(**hyper)))
+    temperature = float(method.head.fitted.temperature)
+    assert temperature != 1
+    wanted = (class_probs(mean, variance, 64).log() / temperature).softmax(1)
+    torch.testing.assert_close(method.predict(test.x).probs.double(), wanted, atol=1e-5, rtol=0)
+
+
 def test_far_from_all_samples_it_says_that_it_does_not_know() -> None:
     source, few, _ = stretched(8)
     method = fitted(source, few, linear=1e-6, lengthscale=1.0)

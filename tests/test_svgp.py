@@ -299,6 +299,8 @@ def test_noise_is_learnt_and_intervals_hold() -> None:
     inside = ((new - found.mean).abs() < 1.96 * found.variance.sqrt()).double().mean()
     assert 0.92 < float(inside) < 0.98
     away = method.predict(torch.tensor([[1.5], [30.0]]))
+    signal = float(method.hyper()[0].exp()) * float(y.var())  # in the targets' units
+    assert float(away.epistemic[1]) == pytest.approx(signal, rel=1e-3)
     assert float(away.epistemic[1]) > 20 * float(away.epistemic[0])
 
 
@@ -323,6 +325,7 @@ def deep(frozen: bool, **changes: Any) -> SVGP:
 
 def test_a_deep_kernel_is_frozen_or_trained_with_the_process() -> None:
     still = deep(frozen=True)
+    assert not still.features(rings(5)[0]).requires_grad and deep(frozen=False).features(rings(5)[0]).requires_grad
     before = {key: value.clone() for key, value in still.network.state_dict().items()}
     train(still, rings(300))
     for key, value in still.network.state_dict().items():
