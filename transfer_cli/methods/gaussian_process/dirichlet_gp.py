@@ -43,10 +43,10 @@ from transfer_cli.methods.math.sparse import BLOCK, JITTER, inducing_points
 from transfer_cli.methods.phases import FeatureTask
 
 GRID: dict[str, tuple[float, ...]] = {
-    "alpha_eps": (0.1, 0.03, 0.01, 0.003, 0.001),
-    "lengthscale": (0.5, 1.0, 2.0, 4.0, 8.0),
-    "signal": (0.3, 1.0, 3.0, 10.0, 30.0),
-    "linear": (0.1, 1.0, 3.0, 10.0, 30.0),
+    "alpha_eps": (0.1, 0.03, 0.01, 0.003, 0.001),  # below, the labels of other classes are all noise
+    "lengthscale": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "signal": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+    "linear": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
 }
 ROUNDS = 4  # through the hyperparameters, at most
 TEMPERATURES = torch.logspace(-1, 1, 41, dtype=torch.float64)
