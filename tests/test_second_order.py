@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from feature_tasks import context
+from conftest import SMALL, Outcome
+from feature_tasks import context, shifted_classes
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from test_resume import assert_same, outcome_of, stop_at
+from torch import Tensor, nn
 
 from transfer_cli.errors import TransferError
+from transfer_cli.loops.optimizers import lbfgs, newton, sam
+from transfer_cli.loops.second_order import SAM, Replay
+from transfer_cli.methods.base import Method
 from transfer_cli.methods.finetuning.linear_probe import LinearProbe
 from transfer_cli.methods.heads.logistic import Logistic
 from transfer_cli.methods.heads.ridge import Ridge
@@ -22,6 +32,7 @@ from transfer_cli.methods.math.kernels import Kernel
 from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
 from transfer_cli.methods.math.softmax import Precision, Softmax
 
+Transfer = Callable[..., Outcome]
 SOLVERS = ("newton", "newton_cg", "lbfgs")
 
 
@@ -102,13 +113,16 @@ def test_whitening_saves_iterations_where_features_are_correlated(monkeypatch: p
 
 def test_the_solver_follows_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    for name in ("_dense_step", "_conjugate_step", "_whitened"):
 
-        def spied(self: Softmax, *args: Any, of: Any = getattr(Softmax, name), name: str = name) -> Any:
+    def spied(name: str, original: Any) -> Any:
+        def call(self: Softmax, *args: Any) -> Any:
             taken.append(name)
-            return of(self, *args)
+            return original(self, *args)
 
-        monkeypatch.setattr(Softmax, name, spied)
+        return call
+
+    for name in ("_dense_step", "_conjugate_step", "_whitened"):
+        monkeypatch.setattr(Softmax, name, spied(name, getattr(Softmax, name)))
     for n, width, wanted in ((40, 5, "_dense_step"), (3000, 5, "_whitened"), (10, 400, "_whitened")):
         taken.clear()
         x, y = correlated(n, width, 3)
@@ -136,8 +150,6 @@ def softmaxed(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_probe_takes_a_solver(solver: Any) -> None:
-    from feature_tasks import shifted_classes
-
     task, _ = shifted_classes(60)
     probes = [LinearProbe(context(), solver=s) for s in ("auto", solver)]
     for probe in probes:
@@ -225,3 +237,211 @@ def test_the_processes_mean_minimises_the_energy_of_its_kernel() -> None:
     pick = torch.eye(n, dtype=torch.float64)[seen]
     minimum = torch.linalg.solve(pick.T @ pick / noise + energy, pick.T @ y / noise)
     assert float((minimum - mean)[500:1100].abs().max()) < 2e-3 * float(mean.abs().max())
+
+
+# --- optimisers of networks ---------------------------------------------------------------------
+
+
+def network(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """Small, with dropout and BatchNorm, and a batch."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)).double()
+    return net, normal(30, 4), torch.arange(30) % 3
+
+
+def groups_of(net: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(net.parameters())}]
+
+
+def test_sam_steps_by_the_gradient_at_the_top_of_the_ball() -> None:
+    net, x, y = network()
+    net.eval()
+    optimizer = sam(groups_of(net), lr=0.1, momentum=0.0, weight_decay=0.0, rho=0.3)
+    before = nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+
+    def loss(flat: Tensor) -> Tensor:
+        names = [name for name, _ in net.named_parameters()]
+        parts = flat.split([p.numel() for p in net.parameters()])
+        shaped = {n: q.view_as(p) for n, q, p in zip(names, parts, net.parameters(), strict=True)}
+        return F.cross_entropy(torch.func.functional_call(net, shaped, (x,)), y)
+
+    gradient = torch.func.grad(loss)(before)
+    wanted = before - 0.1 * torch.func.grad(loss)(before + 0.3 * gradient / gradient.norm())
+    F.cross_entropy(net(x), y).backward()
+    assert isinstance(optimizer, SAM)
+    with optimizer.climbed():
+        climbed = nn.utils.parameters_to_vector(net.parameters()).detach()
+        assert float((climbed - before).norm()) == pytest.approx(0.3)
+        net.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+    assert torch.equal(nn.utils.parameters_to_vector(net.parameters()).detach(), before), "back to the last bit"
+    optimizer.step()
+    torch.testing.assert_close(nn.utils.parameters_to_vector(net.parameters()).detach(), wanted)
+    assert float((wanted - (before - 0.1 * gradient)).norm()) > 1e-3
+
+
+def test_an_objective_is_replayed_with_its_draws_and_without_a_trace() -> None:
+    net, x, y = network()
+    replay = Replay(lambda: F.cross_entropy(net(x), y), net, torch.device("cpu"))  # type: ignore[arg-type]
+    first = replay.objective()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    after = torch.get_rng_state()
+    with replay.without_trace():
+        second = replay()
+    assert torch.equal(first, second), "the same dropout"
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in state.items()), "one update of BatchNorm's statistics"
+
+
+LINE_SEARCHES: dict[str, Any] = {
+    "lbfgs": lambda groups: lbfgs(groups),
+    "newton": lambda groups: newton(groups, damping=0.0),
+}
+
+
+def convex() -> tuple[nn.Linear, Any, Tensor]:
+    x, y = correlated(150, 6, 3)
+    head = nn.Linear(6, 3).double()
+
+    def loss() -> Tensor:
+        return F.cross_entropy(head(x), y) + 0.005 * head.weight.square().sum()
+
+    w, b = fit_logistic(x, y, 3, 0.01, torch.full((150,), 1 / 150, dtype=torch.float64), tolerance=1e-9)
+    return head, loss, torch.cat([w, (b - b.mean())[:, None]], 1)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("lbfgs", 80), ("newton", 12)])
+def test_line_searches_find_the_optimum_of_a_convex_head(name: str, steps: int) -> None:
+    head, loss, wanted = convex()
+    optimizer = LINE_SEARCHES[name](groups_of(head))
+    values = []
+    for _ in range(steps):
+        now = loss()
+        values.append(float(now.detach()))
+        optimizer.minimise(now, loss)
+    found = torch.cat([head.weight, (head.bias - head.bias.mean())[:, None]], 1).detach()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert values == sorted(values, reverse=True) or max(np.diff(values)) < 1e-12, "never upwards"
+
+
+@pytest.mark.parametrize("name", LINE_SEARCHES)
+def test_a_line_search_gives_up_where_it_is_and_leaves_the_gradient(name: str) -> None:
+    weight = nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    optimizer = LINE_SEARCHES[name]([{"params": [weight]}])
+    before = weight.detach().clone()
+    optimizer.minimise(weight.square().sum(), lambda: weight.sum() * 0 + math.nan)
+    assert torch.equal(weight.detach(), before)
+    torch.testing.assert_close(weight.grad, 2 * before)
+
+
+def test_newtons_damping_follows_the_model() -> None:
+    """A quadratic is its own model: less damping; one that is met by half only: more."""
+    weight = nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    optimizer = newton([{"params": [weight]}], damping=1.0)
+    optimizer.minimise(weight.square().sum(), lambda: weight.square().sum())  # type: ignore[attr-defined]
+    assert optimizer.param_groups[0]["damping"] == 0.25
+    torch.testing.assert_close(weight.detach(), torch.tensor([1.0, -1 / 3]).double())  # g / (2 + 1) of g = 2 w
+    start = weight.square().sum()
+    optimizer.minimise(start, lambda: start.detach() - 1e-3 + 0 * weight.sum())  # type: ignore[attr-defined]
+    assert optimizer.param_groups[0]["damping"] == 1.0
+
+
+def test_newton_goes_downhill_where_curvature_is_negative() -> None:
+    weight = nn.Parameter(torch.tensor([0.1, 1.0], dtype=torch.float64))
+
+    def saddle() -> Tensor:
+        return weight[1] ** 2 - weight[0] ** 2 + weight[0] ** 4
+
+    optimizer = newton([{"params": [weight]}], damping=0.0)
+    for _ in range(30):
+        optimizer.minimise(saddle(), saddle)  # type: ignore[attr-defined]
+    torch.testing.assert_close(weight.detach().abs(), torch.tensor([0.5**0.5, 0.0]).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", LINE_SEARCHES)
+def test_a_line_search_goes_on_from_its_state(name: str) -> None:
+    """The pairs and the damping are all that it remembers."""
+    head, loss, _ = convex()
+    optimizer = LINE_SEARCHES[name](groups_of(head))
+    for _ in range(4):
+        optimizer.minimise(loss(), loss)
+    state = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+    for _ in range(3):
+        optimizer.minimise(loss(), loss)
+    wanted = head.weight.detach().clone()
+    head.load_state_dict(state[0])
+    fresh = LINE_SEARCHES[name](groups_of(head))
+    fresh.load_state_dict(state[1])
+    for _ in range(3):
+        fresh.minimise(loss(), loss)
+    assert torch.equal(head.weight.detach(), wanted)
+
+
+RUNS = [
+    ["optimizer=sam", "method=dann"],  # two players
+    ["optimizer=sam", "method=mcd"],  # several updates a step, some repeated
+    ["optimizer=sam", "method=source_only", "trainer.precision=bf16", "trainer.clip_norm=1"],
+    ["optimizer=lbfgs", "method=deep_coral", "target_labels=2"],
+    ["optimizer=newton", "method=source_only", "backbone.freeze=all", "trainer.steps=9", "trainer.batch_size=300"],
+    ["optimizer=newton", "method=source_only", "trainer.steps=9", "optimizer.iterations=5"],
+]
+OFTEN = [*SMALL, "trainer.steps=20", "trainer.checkpoint_every=3", "trainer.eval_every=10", "trainer.log_every=4"]
+
+
+@pytest.mark.parametrize("overrides", RUNS)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    overrides: list[str], transfer: Transfer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = transfer("run", *OFTEN, *overrides, "outputs=whole")
+    assert whole.code == 0, whole.err
+    expected = outcome_of(whole.run)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        stopped = transfer("run", *OFTEN, *overrides)
+    assert stopped.code == 143, stopped.err
+    resumed = transfer("run", *OFTEN, *overrides)
+    assert resumed.code == 0 and "going on" in resumed.out, resumed.err
+    if "trainer.precision=bf16" not in overrides:  # elsewhere, the state is complete
+        assert_same(resumed.run, expected)
+    events = [json.loads(line) for line in (resumed.run / "metrics.jsonl").read_text().splitlines()]
+    losses = [sum(e["values"].values()) for e in events if e["split"] == "train"]
+    assert all(math.isfinite(loss) for loss in losses)
+    if "method=source_only" in overrides:
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["optimizer=lbfgs", "method=dann"],
+            "phase 'adapt' is a game of several: set optimizer=sgd, adam, adamw or sam",
+        ),
+        (["optimizer=newton", "method=mcd"], "is a game of several"),
+        (["optimizer=newton", "method=mme", "target_labels=1"], "is a game of several"),
+        (["optimizer=lbfgs", "method=source_only", "trainer.precision=bf16"], "trainer.precision=bf16"),
+        (["optimizer=lbfgs", "method=source_only", "trainer.clip_norm=1"], "set trainer.clip_norm=null"),
+        (["optimizer=newton", "method=source_only", "trainer.compile=true"], "set trainer.compile=false"),
+        (["optimizer=sam", "method=source_only", "optimizer.rho=0"], "rho, the distance climbed"),
+        (["optimizer=lbfgs", "method=source_only", "optimizer.history=0"], "history is a number of pairs"),
+        (["optimizer=newton", "method=source_only", "optimizer.damping=-1"], "damping must not be negative"),
+        (["optimizer=newton", "method=source_only", "optimizer.lr=1"], "lr"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(overrides: list[str], said: str, transfer: Transfer) -> None:
+    outcome = transfer("run", *SMALL, *overrides)
+    assert outcome.code == 2 and said in outcome.err and len(outcome.err.strip().splitlines()) <= 2, outcome.err
+
+
+@pytest.mark.parametrize("name", ["newton", "lbfgs"])
+def test_methods_of_one_fit_take_any_optimiser(name: str, transfer: Transfer) -> None:
+    assert transfer("run", *SMALL, "method=linear_probe", f"optimizer={name}", "trainer.clip_norm=1").code == 0
+
+
+def test_every_reversed_gradient_is_known_to_be_a_game() -> None:
+    """By players of several names, or by the method's word."""
+    folder = Path(inspect.getfile(Method)).parent
+    for path in folder.rglob("*.py"):
+        text = path.read_text()
+        if "reverse_gradient(" in text and "def reverse_gradient" not in text:
+            assert "player=" in text or "is_game = True" in text, path

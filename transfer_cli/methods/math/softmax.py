@@ -7,9 +7,9 @@
     lbfgs       limited-memory BFGS (ibid., algorithm 7.5)
 
 The latter two know what Böhning's bound of the Hessian, ½ (I - 11ᵀ/K) ⊗ Σ w x xᵀ (Böhning, AISM 1992), makes of a class's block:
-B = ½ (1 - 1/K) Σ w x xᵀ and the prior's. `newton_cg` is preconditioned by B, and `lbfgs` seeks V = W L of B = L Lᵀ (whitening), where
-all directions are nearly alike. One factor of size D serves all classes. All three end where no component of the gradient exceeds a
-tolerance. docs/optimisation.md compares them.
+B = ½ (1 - 1/K) Σ w x xᵀ and the prior's. `newton_cg` is preconditioned by B, and `lbfgs` seeks V = W L of B = L Lᵀ (whitening),
+where all directions are nearly alike. One factor of size D serves all classes. All three end where no component of the gradient
+exceeds a tolerance. docs/optimisation.md compares them.
 """
 
 from __future__ import annotations
