@@ -29,9 +29,10 @@ from transfer_cli.methods.adversarial.gradient_reversal import (
 )
 from transfer_cli.methods.base import Context, Network, NetworkMethod
 from transfer_cli.methods.baseline.source_only import SourceOnly
-from transfer_cli.methods.discrepancy.deep_coral import DeepCORAL, coral_distance
+from transfer_cli.methods.discrepancy.deep_coral import DeepCORAL
 from transfer_cli.methods.finetuning.linear_probe import LinearProbe
 from transfer_cli.methods.fitted import Fitted
+from transfer_cli.methods.math.divergences import coral as coral_distance
 from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
 from transfer_cli.methods.math.ramps import ramp
 from transfer_cli.methods.phases import (

@@ -56,7 +56,7 @@ class SAM(torch.optim.SGD):
 
 
 class LineSearch(Optimizer):
-    """Minimises along one direction a step, as far as the objective on this batch keeps falling (Nocedal & Wright 2006, section 3.1).
+    """Moves along one direction a step, as far as the batch's objective keeps falling (Nocedal & Wright 2006, section 3.1).
 
     Has neither a learning rate nor a schedule.
     """
@@ -76,7 +76,7 @@ class LineSearch(Optimizer):
     def _search(
         self, value: float, direction: Tensor, slope: float, again: Callable[[], Tensor]
     ) -> tuple[float, Tensor | None]:
-        """Move; the length of the step and the loss there, or 0 and None, without a move, where no length lets the objective fall."""
+        """Move; the step's length and the loss there, or 0 and None, without a move, where no length lets the objective fall."""
         start = [p.detach().clone() for p in self.parameters]
         for halving in range(HALVINGS):
             length = 0.5**halving
@@ -107,8 +107,8 @@ class LineSearch(Optimizer):
 
 
 class LBFGS(LineSearch):
-    """Limited-memory BFGS (Liu & Nocedal 1989). Both gradients of a pair are of one batch (Schraudolph, Yu & Guenter, AISTATS 2007),
-    so that batches may change; a pair without positive curvature is left out."""
+    """Limited-memory BFGS (Liu & Nocedal 1989). Both gradients of a pair are of one batch (Schraudolph, Yu & Guenter, AISTATS
+    2007), so that batches may change; a pair without positive curvature is left out."""
 
     def __init__(self, groups: list[dict[str, Any]], *, history: int) -> None:
         if history < 1:

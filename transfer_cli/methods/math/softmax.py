@@ -150,24 +150,23 @@ class Softmax:
     def _whitened(self, start: Tensor, tolerance: float) -> tuple[Tensor, bool]:
         """The last W of L-BFGS on V = W L, and whether its gradient is within the tolerance."""
         half, inverse = self._whitening()
-        half_t, inverse_t = (m if m.ndim == 1 else m.T for m in (half, inverse))
-        z = _times(self.x, inverse_t).T.contiguous()  # (D, N): products are fastest this way round
-        own = (F.one_hot(self.y, len(start)) * self.weights[:, None]).T.contiguous()  # (K, N)
+        inverse_t = inverse if inverse.ndim == 1 else inverse.T
+        own = (
+            F.one_hot(self.y, len(start)) * self.weights[:, None]
+        ).T.contiguous()  # (K, N): products are fastest this way round
         last = start
 
         def value_and_gradient(flat: Any) -> tuple[float, Any]:
             nonlocal last
-            v = torch.from_numpy(flat).to(start).view_as(start)
-            last = _times(v, inverse)
+            last = _times(torch.from_numpy(flat).to(start).view_as(start), inverse)
             away = last - self.mean
             pull = self.precision(away)
-            log_probs = F.log_softmax(v @ z, 0)
+            log_probs = F.log_softmax(last @ self.x.T, 0)
             value = -(own * log_probs).sum() + 0.5 * (away * pull).sum()
-            residual = log_probs.exp_().mul_(self.weights).sub_(own)
-            gradient = residual @ z.T + _times(pull, inverse_t)
-            if float(_times(gradient, half_t).abs().max()) <= tolerance:
+            gradient = log_probs.exp_().mul_(self.weights).sub_(own) @ self.x + pull
+            if float(gradient.abs().max()) <= tolerance:
                 raise _Reached
-            return float(value), gradient.flatten().cpu().numpy()
+            return float(value), _times(gradient, inverse_t).flatten().cpu().numpy()
 
         options = {"maxiter": 2000, "maxfun": 4000, "gtol": 0.0, "ftol": 0.0, "maxcor": 20}
         try:
