@@ -26,7 +26,7 @@ from transfer_cli.errors import TransferError
 
 Solver = Literal["auto", "newton", "newton_cg", "lbfgs"]
 DENSE = 1000  # unknowns K · D, up to which the Hessian is formed
-SMALL = 20_000  # N K · D, up to which a step with the Hessian costs no more than the steps of L-BFGS that it saves
+SMALL = 20_000  # N K · D, up to which Newton's method, which ends far below the tolerance, is done in some milliseconds
 
 
 @dataclass(frozen=True)
