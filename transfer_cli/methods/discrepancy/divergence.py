@@ -1,4 +1,5 @@
-"""A divergence of choice between the domains' features as a penalty.
+"""A divergence of choice between the domains' features as a penalty: the source's error and a divergence bound the target's
+(Ben-David, Blitzer, Crammer, Kulesza, Pereira & Vaughan, Machine Learning 79, 2010).
 
     min_{F,C}  CE(C(F(x_s)), y_s) + λ · d(F(x_s), F(x_t))
 
