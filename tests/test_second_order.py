@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.optimizers import lbfgs, newton, sam
-from transfer_cli.loops.second_order import SAM, Replay
+from transfer_cli.loops.second_order import LBFGS, SAM, NewtonCG, Replay
 from transfer_cli.methods.base import Method
 from transfer_cli.methods.finetuning.linear_probe import LinearProbe
 from transfer_cli.methods.heads.logistic import Logistic
@@ -322,6 +322,33 @@ def test_line_searches_find_the_optimum_of_a_convex_head(name: str, steps: int) 
     found = torch.cat([head.weight, (head.bias - head.bias.mean())[:, None]], 1).detach()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     assert values == sorted(values, reverse=True) or max(np.diff(values)) < 1e-12, "never upwards"
+
+
+def test_lbfgs_is_bfgs_of_its_pairs() -> None:
+    """Against the update of a dense inverse Hessian (Nocedal & Wright 2006, equation 6.17)."""
+    curvature = normal(5, 5) @ normal(5, 5).T + torch.eye(5)
+    steps = normal(3, 5, seed=1)
+    pairs = [torch.stack([s, curvature @ s]) for s in steps]
+    step, change = pairs[-1]
+    inverse = torch.eye(5).double() * (step @ change) / (change @ change)
+    for step, change in pairs:
+        rho, identity = 1 / (step @ change), torch.eye(5, dtype=torch.float64)
+        left = identity - rho * torch.outer(step, change)
+        inverse = left @ inverse @ left.T + rho * torch.outer(step, step)
+    gradient = normal(5, seed=2)
+    optimizer = LBFGS([{"params": [nn.Parameter(torch.zeros(5))]}], history=3)
+    torch.testing.assert_close(optimizer._inverse_times(gradient, pairs), inverse @ gradient)
+
+
+def test_conjugate_gradients_solve_and_stop_at_negative_curvature() -> None:
+    optimizer = NewtonCG([{"params": [nn.Parameter(torch.zeros(2))]}], damping=0.0, iterations=50)
+    gradient = torch.tensor([1e-9, 2e-9], dtype=torch.float64)  # near an optimum the system is solved well
+    found = optimizer._solve(lambda v: v * torch.tensor([3.0, 1.0]), gradient, 1.0)
+    torch.testing.assert_close(found, -gradient / torch.tensor([4.0, 2.0]))
+    falling = optimizer._solve(lambda v: -v, gradient, 0.0)
+    torch.testing.assert_close(falling, -gradient)
+    mixed = optimizer._solve(lambda v: v * torch.tensor([-1.0, 3.0]), gradient, 0.0)  # first up, then down
+    assert float(mixed @ gradient) < 0
 
 
 @pytest.mark.parametrize("name", LINE_SEARCHES)
