@@ -21,6 +21,7 @@ from transfer_cli.errors import TransferError
 from transfer_cli.loops.features import feature_task
 from transfer_cli.loops.metrics_log import GRADIENT_NORM, StepRecord
 from transfer_cli.loops.rng import RandomState
+from transfer_cli.loops.second_order import SAM, LineSearch, Replay
 from transfer_cli.loops.session import Place, Session, steps_of, task_parts
 from transfer_cli.methods.base import Method
 from transfer_cli.methods.phases import Batch, Gradient, Labelled, Losses, Moves, Progress, Update
@@ -91,6 +92,7 @@ class _Stepper:
 
     def __init__(self, session: Session, phase: Gradient, scaler: torch.amp.GradScaler) -> None:
         self.method, self.clip, self.scaler = session.method, session.trainer.clip_norm, scaler
+        self.device = session.device
         self.owner: Method = phase.owner or session.method
         precision = session.trainer.precision
         self.autocast = torch.autocast(
@@ -105,24 +107,49 @@ class _Stepper:
         if optimizer is None:
             with torch.no_grad(), self.autocast:
                 return update.objective(batch, progress)
-        with self.autocast:
-            losses = update.objective(batch, progress)
-            if self.adds_target_term and first and batch.target_labelled is not None:
-                term = self.owner.supervised_loss(batch.target_labelled.x, batch.target_labelled.y)
-                losses = replace(losses, terms={**losses.terms, "target_supervised": term})
-            terms = list(losses.terms.values())
-            total = sum(terms[1:], terms[0])
+        again = None
+        if isinstance(optimizer, SAM | LineSearch):
+            again = Replay(lambda: _total(self._losses(update, batch, progress, first)), self.method, self.device)
+        losses = self._losses(update, batch, progress, first)
         self.method.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
+        if isinstance(optimizer, LineSearch):
+            assert again is not None
+            with again.without_trace():
+                optimizer.minimise(_total(losses), again)
+            return self._measured(losses, update)
+        self.scaler.scale(_total(losses)).backward()
+        if isinstance(optimizer, SAM):
+            assert again is not None
+            with again.without_trace(), optimizer.climbed():
+                total = again()
+                self.method.zero_grad(set_to_none=True)
+                total.backward()
         if self.clip is not None or self.measure:
             self.scaler.unscale_(optimizer)
-        if self.measure:
-            losses = replace(losses, diagnostics={**losses.diagnostics, **_gradient_norms(update.moves)})
+        losses = self._measured(losses, update)
         if self.clip is not None:
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip)
         self.scaler.step(optimizer)
         self.scaler.update()
         return losses
+
+    def _losses(self, update: Update, batch: Batch, progress: Progress, first: bool) -> Losses:
+        with self.autocast:
+            losses = update.objective(batch, progress)
+            if self.adds_target_term and first and batch.target_labelled is not None:
+                term = self.owner.supervised_loss(batch.target_labelled.x, batch.target_labelled.y)
+                losses = replace(losses, terms={**losses.terms, "target_supervised": term})
+        return losses
+
+    def _measured(self, losses: Losses, update: Update) -> Losses:
+        if not self.measure:
+            return losses
+        return replace(losses, diagnostics={**losses.diagnostics, **_gradient_norms(update.moves)})
+
+
+def _total(losses: Losses) -> Tensor:
+    terms = list(losses.terms.values())
+    return sum(terms[1:], terms[0])
 
 
 def _gradient_norms(moves: Sequence[Moves]) -> dict[str, Tensor]:

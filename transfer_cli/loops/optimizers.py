@@ -8,22 +8,50 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from transfer_cli.loops.second_order import LBFGS, SAM, NewtonCG
+
 Groups = list[dict[str, Any]]
 
 
 def sgd(
     groups: Groups, *, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 1e-3, nesterov: bool = True
 ) -> Optimizer:
-    optimizer = torch.optim.SGD(
-        groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True
+    nesterov = nesterov and momentum > 0
+    return _at_rest(
+        torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
     )
-    if momentum:
-        # The first step's buffer is its gradient either way; but where a loss scale makes that step be skipped, the fused
-        # kernel would leave the buffer as it found it in memory.
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _at_rest(optimizer: torch.optim.SGD) -> Optimizer:
+    """With momentum of zero. The first step's buffer is its gradient either way; but where a loss scale makes that step be skipped,
+    the fused kernel would leave the buffer as it found it in memory."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def sam(
+    groups: Groups,
+    *,
+    lr: float = 0.02,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-3,
+    nesterov: bool = True,
+    rho: float = 0.05,
+) -> Optimizer:
+    nesterov = nesterov and momentum > 0
+    return _at_rest(
+        SAM(groups, rho=rho, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    )
+
+
+def lbfgs(groups: Groups, *, history: int = 10) -> Optimizer:
+    return LBFGS(groups, history=history)
+
+
+def newton(groups: Groups, *, damping: float = 0.01, iterations: int = 50) -> Optimizer:
+    return NewtonCG(groups, damping=damping, iterations=iterations)
 
 
 def adam(

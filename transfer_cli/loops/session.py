@@ -27,6 +27,7 @@ from transfer_cli.loops.interrupt import Interrupt
 from transfer_cli.loops.metrics_log import MetricsLog
 from transfer_cli.loops.monitor import Monitor
 from transfer_cli.loops.rng import seed_all
+from transfer_cli.loops.second_order import check_fits
 from transfer_cli.methods.base import Method
 from transfer_cli.methods.phases import ClosedForm, Gradient, Phase
 from transfer_cli.registry import Component
@@ -151,7 +152,8 @@ def make_session(
         average = AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema))
     metrics = MetricsLog(folder.metrics)
     optimizer = components["optimizer"]
-    optimizer.build([{"params": [torch.zeros(1, requires_grad=True)]}])  # says now what it would refuse later
+    trial = optimizer.build([{"params": [torch.zeros(1, requires_grad=True)]}])  # says now what it would refuse later
+    check_fits(trial, optimizer.name, config.trainer, method, method.phases())
     best, health = folder.checkpoints / "best.pt", health_of(task, console.say)
     return Session(
         method=method,

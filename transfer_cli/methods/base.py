@@ -83,6 +83,8 @@ class Method(nn.Module):
     handles_target_labels: ClassVar[bool] = False  # True: the gradient loop adds no supervised target term
     uses_head: ClassVar[bool] = False  # True: the group `head` is part of the configuration
     uses_strong: ClassVar[bool] = False  # True: the group `strong` is, the augmentation of strong views
+    # True: players that work against one another share one objective and one name of a player (by reversed gradients).
+    is_game: ClassVar[bool] = False
     frozen_backbone: ClassVar[bool] = False  # True: never trained, so features are extracted once and kept
     last_only: ClassVar[bool] = False  # True: what it leaves of the backbone serves its own predictions alone
     representation_only: ClassVar[bool] = False  # True: it predicts nothing, so another method must follow (`then`)

@@ -86,6 +86,7 @@ class BayesianHead(Head):
 
 
 class BayesHead(SourceInformed):
+    version = 2  # another solver where samples are many
     needs = Needs(source_of_any_classes=True, target_labels=True)
 
     def __init__(

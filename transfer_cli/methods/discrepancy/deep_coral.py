@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from transfer_cli.methods.base import Context, Needs, NetworkMethod
+from transfer_cli.methods.math.divergences import coral
 from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress, Update
 
 
@@ -35,20 +33,7 @@ class DeepCORAL(NetworkMethod):
         assert batch.source is not None
         source, target = self.network.both(batch.source.x, batch.target)
         supervised = self.network.supervised(source.logits, batch.source.y)
-        distance = coral_distance(getattr(source, self.layer), getattr(target, self.layer))
+        distance = coral(getattr(source, self.layer), getattr(target, self.layer))
         return Losses(
             {"supervised": supervised, "coral": self.weight * distance}, {"coral_distance": distance.detach()}
         )
-
-
-def coral_distance(source: Tensor, target: Tensor) -> Tensor:
-    """`‖C_s - C_t‖²_F / (4 d²)` with unbiased covariances, of `(B, d)` and `(B', d)`; in float32 at least."""
-    with torch.autocast(source.device.type, enabled=False):  # a small difference of large numbers
-        source, target = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (source, target))
-        return (covariance(source) - covariance(target)).square().sum() / (4 * source.shape[1] ** 2)
-
-
-def covariance(x: Tensor) -> Tensor:
-    """Unbiased, `(B, d)` to `(d, d)`."""
-    centred = x - x.mean(0)
-    return centred.T @ centred / (len(x) - 1)

@@ -29,6 +29,7 @@ from transfer_cli.methods.phases import Batch, ClosedForm, FeatureTask, Moves, P
 
 
 class CoTuning(FineTune):
+    version = 4  # another solver of the reverse relationship
     kinds = ("classification",)
     needs_trained_start = True
     relation: Tensor

@@ -18,6 +18,8 @@ from transfer_cli.methods.phases import ClosedForm, FeatureTask, Phase
 
 
 class LPFT(FineTune):
+    version = 4  # another solver of the head
+
     def __init__(
         self,
         context: Context,
@@ -41,6 +43,6 @@ class LPFT(FineTune):
         if self.network.kind == "classification":
             w, b = fit_logistic(x, y, self.network.head.out_features, self.head_l2, weights)
         else:
-            w, b, _ = fit_ridge(x, (y - self.network.label_mean) / self.network.label_std, self.head_l2, weights)
+            w, b = fit_ridge(x, (y - self.network.label_mean) / self.network.label_std, self.head_l2, weights)
         self.network.head.weight.data.copy_(w)
         self.network.head.bias.data.copy_(b)

@@ -2,16 +2,21 @@
 
     min_{W,b}  ½ Σ_i w_i ‖W z_i + b - y_i‖² / Σ_i w_i + (l2 / 2) ‖W‖²        z = (x - μ) / σ
 
-Class probabilities are `softmax(scores / T)`, the temperature T being the one under which the scores of the samples, each
-left out of its own fit (exact for ridge: `e_i / (1 - h_ii)`), have the greatest likelihood.
+Each sample left out of its own fit has the residual `e_i / (1 - h_ii)`, exactly (Hastie, Tibshirani & Friedman 2009, section
+7.10), h being the matrix that takes labels to fitted values. In regression, the variance is the weighted mean of the squares of
+these residuals: those of the fit itself would be too small by the degrees of freedom that it has used. Class probabilities are
+`softmax(scores / T)`, the temperature T being the one under which left-out scores have the greatest likelihood.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.heads.base import Head, check_classes, mean_one
 from transfer_cli.methods.math.logistic import fit_ridge, standardising
@@ -19,6 +24,8 @@ from transfer_cli.methods.math.temperature import fit_temperature
 
 
 class Ridge(Head):
+    version: ClassVar[int] = 2  # the variance is of left-out residuals
+
     def __init__(self, kind: str, outputs: int, *, l2: float = 1e-3) -> None:
         super().__init__(kind, outputs)
         self.l2 = l2
@@ -27,17 +34,22 @@ class Ridge(Head):
         x, share = x.double(), mean_one(weights, x) / len(x)
         mean, scale = standardising(x)
         z = (x - mean) / scale
-        if self.kind == "regression":
-            w, b, variance = fit_ridge(z, y, self.l2, share)
-            self.fitted.put(w=w / scale, b=b - w @ (mean / scale), variance=variance)
+        classifies = self.kind == "classification"
+        if classifies:
+            check_classes(y)
+        elif len(y) < 2:
+            raise TransferError(
+                "ridge regression has one labelled sample, which tells no variance: two or more are needed."
+            )
+        wanted = F.one_hot(y, self.outputs).double() if classifies else y.double()
+        w, b = fit_ridge(z, wanted, self.l2, share)
+        left_out = (wanted - z @ w.T - b) / (1 - self._leverage(z, share)).clamp_min(1e-8)[:, None]
+        w, b = w / scale, b - w @ (mean / scale)
+        if not classifies:
+            self.fitted.put(w=w, b=b, variance=share @ left_out.square())
             return
-        check_classes(y)
-        one_hot = F.one_hot(y, self.outputs).double()
-        w, b, _ = fit_ridge(z, one_hot, self.l2, share)
-        scores = z @ w.T + b
-        left_out = one_hot - (one_hot - scores) / (1 - self._leverage(z, share)).clamp_min(1e-8)[:, None]
-        temperature = fit_temperature(left_out, y, share)
-        self.fitted.put(w=w / scale / temperature, b=(b - w @ (mean / scale)) / temperature)
+        temperature = fit_temperature(wanted - left_out, y, share)
+        self.fitted.put(w=w / temperature, b=b / temperature)
 
     def _leverage(self, z: Tensor, share: Tensor) -> Tensor:
         """`(N,)`: the diagonal of the matrix that takes labels to fitted values."""

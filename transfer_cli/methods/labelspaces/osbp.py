@@ -23,6 +23,7 @@ class OSBP(NetworkMethod):
     needs = Needs(source_labels=True, target_inputs=True)
     kinds = ("classification",)
     label_spaces = ("open",)
+    is_game = True
 
     def __init__(self, context: Context, *, weight: float = 1.0, threshold: float = 0.5) -> None:
         if context.label_space != "open":

@@ -1,16 +1,12 @@
-"""Convex heads on features, in float64: multinomial logistic regression by L-BFGS, ridge regression in closed form."""
+"""Convex heads on features, in float64: multinomial logistic regression at its optimum, ridge regression in closed form."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.optimize import minimize
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
+from transfer_cli.methods.math.softmax import Precision, Softmax, Solver
 
 
 def standardising(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,44 +16,38 @@ def standardising(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_logistic(
-    x: Tensor, y: Tensor, num_classes: int, l2: float, weights: Tensor, tolerance: float = 1e-6, max_steps: int = 2000
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    l2: float,
+    weights: Tensor,
+    tolerance: float = 1e-6,
+    solver: Solver = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Minimise `Σ_i w_i CE(W x_i + b, y_i) + (l2 / 2) ‖W‖²` until no gradient component exceeds `tolerance`.
 
     Args:
         x, y, weights: `(N, D)`, `(N,)`, `(N,)`; the weights of all samples should sum to about one.
     Returns:
-        `W` `(K, D)` and `b` `(K,)`, float64, on the device of `x`.
+        `W` `(K, D)` and `b` `(K,)` of mean zero, float64, on the device of `x`.
     Raises:
-        TransferError: a negative penalty, which has no optimum.
+        TransferError: a negative penalty, which has no optimum; or one so small that none is reached.
     """
     _check_penalty(l2)
     x, weights = x.double(), weights.double()
-    n_weights = num_classes * x.shape[1]
-    own = (F.one_hot(y, num_classes) * weights[:, None]).T.contiguous()  # (K, N): products are fastest this way round
-
-    def value_and_gradient(flat: Any) -> tuple[float, Any]:
-        theta = torch.from_numpy(flat).to(x.device)
-        w, b = theta[:n_weights].view(num_classes, -1), theta[n_weights:]
-        log_probs = F.log_softmax(torch.addmm(b[:, None], w, x.T), dim=0)
-        value = -(own * log_probs).sum() + 0.5 * l2 * w.square().sum()
-        residual = log_probs.exp_().mul_(weights).sub_(own)
-        gradient = torch.cat([(residual @ x + l2 * w).flatten(), residual.sum(1)])
-        return float(value), gradient.cpu().numpy()
-
-    start = np.zeros(n_weights + num_classes)
-    options = {"maxiter": max_steps, "maxfun": 2 * max_steps, "gtol": tolerance, "ftol": 0.0, "maxcor": 20}
-    solution = torch.from_numpy(minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=options).x).to(
-        x.device
-    )
-    return solution[:n_weights].view(num_classes, -1), solution[n_weights:]
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    diagonal = x.new_full((num_classes, x.shape[1]), l2)
+    diagonal[:, -1] = 0  # the bias is free
+    problem = Softmax(x, y, weights, torch.zeros_like(diagonal), Precision(diagonal))
+    solution = problem.minimise(tolerance=tolerance, solver=solver)
+    return solution[:, :-1], solution[:, -1] - solution[:, -1].mean()
 
 
-def fit_ridge(x: Tensor, y: Tensor, l2: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fit_ridge(x: Tensor, y: Tensor, l2: float, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Minimise `½ Σ_i w_i ‖W x_i + b - y_i‖² + (l2 / 2) ‖W‖²`.
 
     Returns:
-        `W` `(T, D)`, `b` `(T,)` and the weighted residual variance `(T,)`.
+        `W` `(T, D)` and `b` `(T,)`.
     Raises:
         TransferError: a negative penalty.
     """
@@ -68,9 +58,7 @@ def fit_ridge(x: Tensor, y: Tensor, l2: float, weights: Tensor) -> tuple[Tensor,
     xc, yc = x - mean_x, y - mean_y
     gram = (xc * weights[:, None]).T @ xc + l2 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     w = torch.linalg.solve(gram, (xc * weights[:, None]).T @ yc).T
-    b = mean_y - w @ mean_x
-    variance = weights @ (y - x @ w.T - b).square()
-    return w, b, variance
+    return w, mean_y - w @ mean_x
 
 
 def _check_penalty(l2: float) -> None:

@@ -1,23 +1,32 @@
-"""Multinomial logistic regression with any Gaussian prior, by Newton's method in float64.
+"""Multinomial logistic regression with any Gaussian prior, solved to its optimum in float64.
 
     f(W) = Σ_i w_i CE(W x_i, y_i) + ½ ⟨W - M, P (W - M)⟩        W, M (K, D)
 
-Up to `DENSE` unknowns the Hessian is factorised; beyond, each step is solved by conjugate gradients on Hessian-vector products
-(Nocedal & Wright 2006, algorithm 7.1), preconditioned by Böhning's bound of the Hessian,
-½ (I - 11ᵀ/K) ⊗ Σ w x xᵀ (Böhning, AISM 1992), of which one factor of size D serves all classes.
+    newton      each step with the factorised Hessian
+    newton_cg   each step by conjugate gradients on Hessian-vector products (Nocedal & Wright 2006, algorithm 7.1)
+    lbfgs       limited-memory BFGS (ibid., algorithm 7.5)
+
+The latter two know what Böhning's bound of the Hessian, ½ (I - 11ᵀ/K) ⊗ Σ w x xᵀ (Böhning, AISM 1992), makes of a class's block:
+B = ½ (1 - 1/K) Σ w x xᵀ and the prior's. `newton_cg` is preconditioned by B, and `lbfgs` seeks V = W L of B = L Lᵀ (whitening),
+where all directions are nearly alike. One factor of size D serves all classes. All three end where no component of the gradient
+exceeds a tolerance. docs/optimisation.md compares them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
 
-DENSE = 1000  # unknowns K · D
+Solver = Literal["auto", "newton", "newton_cg", "lbfgs"]
+DENSE = 1000  # unknowns K · D, up to which the Hessian is formed
+SMALL = 20_000  # N K · D, up to which Newton's method, which ends far below the tolerance, is done in some milliseconds
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,13 @@ class Precision:
         if self.full is not None:
             out = out + torch.diag(self.full.diagonal().view(classes, width).mean(0))
         return out
+
+    def shared_diagonal(self) -> Tensor:
+        """Its diagonal `(D,)`."""
+        out = self.diagonal.mean(0)
+        if self.kron is not None:
+            out = out + self.kron[0].diagonal().mean() * self.kron[1].diagonal()
+        return out if self.full is None else out + self.full.diagonal().view_as(self.diagonal).mean(0)
 
     def scaled(self, factor: float) -> Precision:
         kron = None if self.kron is None else (factor * self.kron[0], self.kron[1])
@@ -92,15 +108,29 @@ class Softmax:
         """`(K D, K D)`."""
         return data_hessian(self.x, self.weights, (self.x @ w.T).softmax(1)) + self.precision.dense()
 
-    def minimise(self, start: Tensor | None = None, tolerance: float = 1e-6, steps: int = 100) -> Tensor:
+    def minimise(
+        self, start: Tensor | None = None, tolerance: float = 1e-6, steps: int = 100, solver: Solver = "auto"
+    ) -> Tensor:
         """W `(K, D)` at which no component of the gradient exceeds `tolerance`.
+
+        Args:
+            steps: at most, of Newton's method.
+            solver: `auto` takes `newton` for few samples and unknowns, and `lbfgs` otherwise.
 
         Raises:
             TransferError: it is not reached.
         """
         w = self.mean.clone() if start is None else start
+        if solver == "auto":
+            few = w.numel() <= DENSE and w.numel() * len(self.x) <= SMALL
+            solver = "newton" if few else "lbfgs"
+        if solver == "lbfgs":
+            w, reached = self._whitened(w, tolerance)
+            if reached:
+                return w
+            solver = "newton_cg"  # which rounding stops later
         value = self.value(w)
-        solve = self._dense_step if w.numel() <= DENSE else self._conjugate_step
+        solve = self._dense_step if solver == "newton" else self._conjugate_step
         for _ in range(steps):
             probs = (self.x @ w.T).softmax(1)
             gradient = self.gradient(w, probs)
@@ -117,17 +147,45 @@ class Softmax:
             f"logistic regression has not converged in {steps} steps of Newton's method: more l2 helps."
         )
 
+    def _whitened(self, start: Tensor, tolerance: float) -> tuple[Tensor, bool]:
+        """The last W of L-BFGS on V = W L, and whether its gradient is within the tolerance."""
+        half, inverse = self._whitening()
+        inverse_t = inverse if inverse.ndim == 1 else inverse.T
+        own = (
+            F.one_hot(self.y, len(start)) * self.weights[:, None]
+        ).T.contiguous()  # (K, N): products are fastest this way round
+        last = start
+
+        def value_and_gradient(flat: Any) -> tuple[float, Any]:
+            nonlocal last
+            last = _times(torch.from_numpy(flat).to(start).view_as(start), inverse)
+            away = last - self.mean
+            pull = self.precision(away)
+            log_probs = F.log_softmax(last @ self.x.T, 0)
+            value = -(own * log_probs).sum() + 0.5 * (away * pull).sum()
+            gradient = log_probs.exp_().mul_(self.weights).sub_(own) @ self.x + pull
+            if float(gradient.abs().max()) <= tolerance:
+                raise _Reached
+            return float(value), _times(gradient, inverse_t).flatten().cpu().numpy()
+
+        options = {"maxiter": 2000, "maxfun": 4000, "gtol": 0.0, "ftol": 0.0, "maxcor": 20}
+        try:
+            first = _times(start, half).flatten().cpu().numpy()
+            found = minimize(value_and_gradient, first, jac=True, method="L-BFGS-B", options=options)
+        except _Reached:
+            return last, True
+        return _times(torch.from_numpy(found.x).to(start).view_as(start), inverse), False
+
     def _dense_step(self, w: Tensor, probs: Tensor, gradient: Tensor) -> Tensor:
-        hessian = data_hessian(self.x, self.weights, probs) + self.precision.dense()
-        hessian.diagonal().add_(
-            1e-10 * hessian.diagonal().mean()
-        )  # a bias without prior may be shifted for all classes alike
-        return -torch.cholesky_solve(gradient.flatten()[:, None], torch.linalg.cholesky(hessian)).view_as(w)
+        # A bias without prior may be shifted for all classes alike: the Hessian is singular along that.
+        hessian = _strengthened(data_hessian(self.x, self.weights, probs) + self.precision.dense(), 1e-10)
+        half, failed = torch.linalg.cholesky_ex(hessian)
+        if failed:  # hardly any curvature is left where all samples are classified with certainty
+            half = torch.linalg.cholesky(_strengthened(hessian, 1e-6))
+        return -torch.cholesky_solve(gradient.flatten()[:, None], half).view_as(w)
 
     def _conjugate_step(self, w: Tensor, probs: Tensor, gradient: Tensor) -> Tensor:
-        bound = 0.5 * (1 - 1 / len(w)) * (self.x * self.weights[:, None]).T @ self.x + self.precision.shared()
-        bound.diagonal().add_(1e-10 * bound.diagonal().mean())
-        half = torch.linalg.cholesky(bound)
+        half = torch.linalg.cholesky(self._bound())
         norm = float(gradient.norm())
         step, residual = torch.zeros_like(w), gradient.clone()
         z = torch.cholesky_solve(residual.T, half).T
@@ -142,6 +200,38 @@ class Softmax:
             last, rz = rz, float((residual * z).sum())
             direction = -z + rz / last * direction
         return step
+
+    def _bound(self) -> Tensor:
+        """B `(D, D)`."""
+        outer = (self.x * self.weights[:, None]).T @ self.x
+        return _strengthened(0.5 * (1 - 1 / len(self.mean)) * outer + self.precision.shared(), 1e-10)
+
+    def _whitening(self) -> tuple[Tensor, Tensor]:
+        """L and its inverse `(D, D)`, or their diagonals `(D,)` where the samples span too little for more."""
+        samples, width = self.x.shape
+        if samples <= width:
+            scales = (
+                0.5 * (1 - 1 / len(self.mean)) * (self.weights @ self.x.square()) + self.precision.shared_diagonal()
+            )
+            half = (scales + 1e-16 * scales.mean()).sqrt()
+            return half, 1 / half
+        half = torch.linalg.cholesky(self._bound())
+        return half, torch.linalg.solve_triangular(half, torch.eye(width).to(half), upper=False)
+
+
+class _Reached(Exception):
+    """The gradient is within the tolerance."""
+
+
+def _times(a: Tensor, factor: Tensor) -> Tensor:
+    """`a` `(N, D)` by a matrix, or by the diagonal of one."""
+    return a * factor if factor.ndim == 1 else a @ factor
+
+
+def _strengthened(matrix: Tensor, share: float) -> Tensor:
+    """A positive semi-definite matrix with its diagonal raised by a share, which serves rows of any scale."""
+    diagonal = matrix.diagonal()
+    return matrix + torch.diag(share * diagonal + 1e-16 * diagonal.mean())
 
 
 def data_hessian(x: Tensor, weights: Tensor, probs: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress
 class MME(NetworkMethod):
     needs = Needs(source_labels=True, target_inputs=True, target_labels=True)
     kinds = ("classification",)
+    is_game = True
 
     def __init__(self, context: Context, *, weight: float = 0.1, temperature: float = 0.05) -> None:
         super().__init__(context)

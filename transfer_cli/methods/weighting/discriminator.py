@@ -23,6 +23,8 @@ from transfer_cli.methods.phases import FeatureTask
 
 
 class DensityRatio(FeatureMethod):
+    version = 2  # another solver
+
     def __init__(self, context: Context, *, l2: float = 0.1, max_weight: float = 20.0) -> None:
         super().__init__(context)
         if l2 <= 0:
