@@ -179,7 +179,7 @@ def build_method(
         context = replace(context, make_head=lambda: make_head(context.kind, context.outputs))
     method: Method = chosen[0].build(context)
     if len(chosen) > 1:
-        method = Chain(method, chosen[1].build(replace(context, source_model=None)))
+        method = Chain(method, chosen[1].build(replace(context, source_model=None, make_backbone=None)))
     method.to(device)
     if config.trainer.channels_last:
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -193,7 +193,10 @@ class Network(nn.Module):
         return 0.5 * (residual.square() * torch.exp(-self.log_noise) + self.log_noise).mean()
 
     def predict(self, x: Any, domain: str = "target") -> Prediction:
-        logits = self(x, domain).logits
+        return self.prediction(self(x, domain).logits)
+
+    def prediction(self, logits: Tensor) -> Prediction:
+        """What the head's outputs `(B, K)` or `(B, T)` say."""
         if self.kind == "classification":
             return Prediction.from_logits(logits)
         variance = torch.exp(self.log_noise) * self.label_std.square()

@@ -59,9 +59,12 @@ class Posterior:
 
     def probs(self, z: Tensor, temperature: float, noise: Tensor) -> Tensor:
         """Class probabilities `(B, K)` at `(B, D)`, the mean over standard normal draws `noise` `(S, K)`."""
-        logits = z @ self.mean.T
+        return self.logits(z, temperature, noise).softmax(2).mean(0)
+
+    def logits(self, z: Tensor, temperature: float, noise: Tensor) -> Tensor:
+        """Draws `(S, B, K)`."""
         spread = temperature**0.5 * self.spread(z)
-        return (logits + torch.einsum("bkj,sj->sbk", spread, noise)).softmax(2).mean(0)
+        return z @ self.mean.T + torch.einsum("bkj,sj->sbk", spread, noise)
 
     def spread(self, z: Tensor) -> Tensor:
         """Roots `(B, K, K)` of the logits' covariances, without the direction in which softmax does not move."""
@@ -69,9 +72,13 @@ class Posterior:
         centring = torch.eye(classes, dtype=z.dtype, device=z.device) - 1 / classes
         if self.covariance.ndim == 2:
             return ((z @ self.covariance) * z).sum(1).clamp_min(0).sqrt()[:, None, None] * centring
-        between = torch.einsum("bd,kdle,be->bkl", z, self.covariance, z)
+        between = self.between(z)
         values, vectors = torch.linalg.eigh(centring @ between @ centring)
         return vectors * values.clamp_min(0).sqrt()[:, None, :]
+
+    def between(self, z: Tensor) -> Tensor:
+        """Covariances `(B, K, K)` of the logits."""
+        return torch.einsum("bd,kdle,be->bkl", z, self.covariance, z)
 
 
 class BayesianHead(Head):
@@ -87,9 +94,8 @@ class BayesianHead(Head):
         state = self.fitted
         posterior = Posterior(state.mean, state.covariance)
         z = whitened(x.double(), state.centre, state.whitening)
-        return Prediction.from_probs(
-            posterior.probs(z, float(state.temperature), normal_draws(self.draws, self.outputs, z))
-        )
+        logits = posterior.logits(z, float(state.temperature), normal_draws(self.draws, self.outputs, z))
+        return Prediction.of_draws(logits.log_softmax(2))
 
 
 class BayesHead(SourceInformed):
