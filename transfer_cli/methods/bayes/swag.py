@@ -44,7 +44,7 @@ class SWAG(Supervised):
         self.start, self.every, self.scale, self.statistics_steps = start, every, scale, statistics_steps
         self.moments = WeightMoments(sum(p.numel() for p in self.weights()), rank)
         self.drawn: Any = nn.ModuleList(FrozenTeacher(self.network) for _ in range(draws))
-        self.layers = [batchnorms(drawn) for drawn in self.drawn]
+        self.layers = [batchnorms(drawn.module) for drawn in self.drawn]
         for layer in sum(self.layers, []):
             layer.momentum = None  # the statistics average all batches alike
         self.state = Fitted()
