@@ -76,6 +76,10 @@ class Posterior:
         values, vectors = torch.linalg.eigh(centring @ between @ centring)
         return vectors * values.clamp_min(0).sqrt()[:, None, :]
 
+    def times(self, v: Tensor) -> Tensor:
+        """The whole covariance times weights `(K, D)`."""
+        return torch.einsum("kdle,le->kd", self.covariance, v)
+
     def between(self, z: Tensor) -> Tensor:
         """Covariances `(B, K, K)` of the logits."""
         return torch.einsum("bd,kdle,be->bkl", z, self.covariance, z)
