@@ -325,7 +325,7 @@ def read_prior(
         raise TransferError("prior: label_space is closed or separate; partial and open need the source itself.")
     kinds = method.implementation.takes_prior  # type: ignore[attr-defined]
     if not kinds:
-        raise TransferError(f"prior: method {method.name} takes none; bayes_head, niw_lda and source_prior do.")
+        raise TransferError(f"prior: method {method.name} takes none; bayes_head and niw_lda do.")
     found = SourcePosterior.read(path)
     if found.kind not in kinds:
         raise TransferError(

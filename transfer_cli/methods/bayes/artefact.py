@@ -27,13 +27,12 @@ FORMAT, VERSION = (
 )  # the version is raised when older programs could not read a file rightly
 TENSORS = {  # by kind, those that a file must hold
     "head": ("counts", "means", "whitening", "mean", "factor", "diagonal", "temperature"),
-    "backbone": ("mean", "variance", "factor"),
 }
 
 
 @dataclass(frozen=True)
 class SourcePosterior:
-    """`kind` `head` (a softmax head on frozen features) or `backbone` (all weights of one); `classes` of the source;
+    """`kind`: `head`, a softmax head on frozen features; `classes` of the source;
     `fingerprint` of what the posterior lives on; `settings`: choices that its user has to share, and words for people."""
 
     kind: str
