@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tests.feature_tasks import context
 from transfer_cli.errors import TransferError
-from transfer_cli.methods.bayes.bayes_head import BIAS, BayesHead, Posterior, normal_draws, penalties, whitened
+from transfer_cli.methods.bayes.bayes_head import BayesHead, Posterior, normal_draws
 from transfer_cli.methods.bayes.niw_lda import NIWLDA
+from transfer_cli.methods.bayes.source_head import BIAS, penalties, whitened
 from transfer_cli.methods.bayes.summary import Summary
 from transfer_cli.methods.math.niw import NIW, log_evidence
 from transfer_cli.methods.math.softmax import Precision, Softmax

@@ -284,6 +284,7 @@ def built(name: str, **changes: Any) -> Method:
         "has_target_labels": kind.needs.target_labels,
         "label_space": kind.label_spaces[0],
         "input": SPEC,
+        "make_backbone": lambda: SmallCNN(SPEC, widths=(4, 8), features=16),
         **changes,
     }
     given = context(SmallCNN(SPEC, widths=(4, 8), features=16), **settings)
@@ -423,7 +424,7 @@ def plain(method: Method) -> dict[str, Any]:
 
 
 # torch's own cumulative average reads the number of batches on the host; the phase that has it is short and trains nothing.
-WAITS_BY_TORCH = {"adabn"}
+WAITS_BY_TORCH = {"adabn", "swag"}
 
 
 @every_method

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from transfer_cli.data.domain import (
     fingerprint_values,
     keep_classes,
 )
-from transfer_cli.data.extraction import make_extractor, with_features
+from transfer_cli.data.extraction import make_extractor, state_digest, with_features
 from transfer_cli.data.feature_cache import FeatureCache
 from transfer_cli.data.inputs import InputSpec
 from transfer_cli.data.reconcile import as_samples, reconcile
@@ -38,6 +38,7 @@ from transfer_cli.loops.console import Console
 from transfer_cli.loops.gradient import AUTOCAST
 from transfer_cli.loops.rng import seed_all
 from transfer_cli.methods.base import Context, FeatureOptions, Method
+from transfer_cli.methods.bayes.artefact import SourcePosterior
 from transfer_cli.methods.chain import Chain
 from transfer_cli.registry import Component
 from transfer_cli.run_folder import RunFolder, read_json
@@ -119,11 +120,12 @@ def build_method(
     device: torch.device,
     labels: Tensor | None = None,
     trained: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> Method:
     """The method on its backbone, freshly initialised from the run's seed.
 
     `labels` `(N, T)`: those of a regression task's training samples, for standardisation; without them (a method that
-    is about to load a checkpoint) placeholders. `trained`: it is, and needs nothing to train on.
+    is about to load a checkpoint) placeholders. `trained`: it is, and needs nothing to train on. `sizes`: of the labelled parts.
 
     Raises:
         TransferError: the task lacks what the method needs.
@@ -131,7 +133,7 @@ def build_method(
     chosen = [components[group] for group in ("method", "then") if group in components]
     for component in chosen:  # the first alone starts from another run's network
         starts_there = config.source_model is not None and component is chosen[0]
-        check_needs(component, shape, trained or starts_there)
+        check_needs(component, shape, trained or starts_there, config.prior is not None)
     if config.source_model is not None and chosen[0].implementation.frozen_backbone:  # type: ignore[attr-defined]
         raise TransferError(
             f"method {chosen[0].name} has no network that could start from source_model: "
@@ -160,15 +162,22 @@ def build_method(
     if labels is None and shape.kind == "regression":
         labels = torch.zeros(2, shape.target_width)
     source_model = None if config.source_model is None else read_source_model(config.source_model, shape)
+    chosen_backbone, fingerprint = (
+        components["backbone"],
+        lambda: backbone_fingerprint(backbone, chosen_backbone, shape),
+    )
+    prior = None
+    if config.prior is not None and not trained:
+        prior = read_prior(config, chosen, shape, backbone.out_features, fingerprint)
     context = Context(
         backbone=backbone,
         feature_dim=backbone.out_features,
         kind=shape.kind,
         num_classes=len(shape.label_space.classes),
-        source_classes=len(shape.label_space.source),
+        source_classes=len(shape.label_space.source if prior is None else prior.classes),
         has_source=shape.has_source,
         has_target_labels=shape.has_target_labels,
-        source_labels_fit_head=shape.source_labels_fit_head,
+        source_labels_fit_head=shape.source_labels_fit_head or _prior_fits_head(config, shape),
         target_width=shape.target_width,
         label_mean=None if labels is None else labels.mean(0),
         label_std=None if labels is None else labels.std(0, correction=0).clamp_min(1e-8),
@@ -180,13 +189,19 @@ def build_method(
         ),
         source_model=source_model,
         input=shape.input,
+        prior=prior,
+        class_names=shape.label_space.classes,
+        fingerprint=fingerprint,
+        about={"backbone": components["backbone"].name, "input": str(shape.input)},
+        labelled=sizes or {},
+        make_backbone=lambda: build_checked(chosen_backbone.build, shape.input, chosen_backbone.name),
     )
     if "head" in components:
         make_head = components["head"].build
         context = replace(context, make_head=lambda: make_head(context.kind, context.outputs))
     method: Method = chosen[0].build(context)
     if len(chosen) > 1:
-        method = Chain(method, chosen[1].build(replace(context, source_model=None)))
+        method = Chain(method, chosen[1].build(replace(context, source_model=None, make_backbone=None)))
     method.to(device)
     if config.trainer.channels_last:
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -303,7 +318,72 @@ def read_source_model(path: str, shape: TaskShape) -> dict[str, Tensor]:
     return network
 
 
-def check_needs(method: Component, shape: TaskShape, has_source_model: bool = False) -> None:
+def labelled_sizes(task: TransferTask) -> dict[str, int]:
+    """How many labelled samples a method may learn from, by part."""
+    parts = {"source": task.source, "target_labelled": task.target_labelled}
+    return {name: len(part) for name, part in parts.items() if part is not None}
+
+
+def backbone_fingerprint(backbone: Backbone, chosen: Component, shape: TaskShape) -> str:
+    """Of all that a backbone's features depend on besides their inputs."""
+    content = component_content(chosen)
+    settings = {k: v for k, v in content["parameters"].items() if k not in ("weights", "freeze")}
+    code = (chosen.reference, content["version"], settings, fingerprint_code(chosen.implementation))
+    return fingerprint_values(code, state_digest(backbone), str(shape.input))
+
+
+def _prior_fits_head(config: Config, shape: TaskShape) -> bool:
+    return config.prior is not None and shape.label_space.setting != "separate"
+
+
+def read_prior(
+    config: Config, chosen: Sequence[Component], shape: TaskShape, width: int, fingerprint: Callable[[], str]
+) -> SourcePosterior:
+    """The source's posterior that stands for the source.
+
+    Raises:
+        TransferError: it cannot be read, or does not fit the run.
+    """
+    path, method = str(config.prior), chosen[0]
+    if len(chosen) > 1:
+        raise TransferError("prior: is for a backbone that nothing trains beforehand: leave out then, or prior.")
+    if shape.has_source:
+        raise TransferError("prior: stands in the place of a source: set source=none, or leave out prior.")
+    if shape.label_space.setting in ("partial", "open"):
+        raise TransferError("prior: label_space is closed or separate; partial and open need the source itself.")
+    kinds = method.implementation.takes_prior  # type: ignore[attr-defined]
+    if not kinds:
+        raise TransferError(f"prior: method {method.name} takes none; bayes_head and niw_lda do.")
+    found = SourcePosterior.read(path)
+    if found.kind not in kinds:
+        raise TransferError(
+            f"prior: {path} is of kind {found.kind}, and method {method.name} takes {' or '.join(kinds)}."
+        )
+    made = f"{found.settings.get('backbone')}, {found.settings.get('input')}"
+    if found.settings.get("width") != width:
+        raise TransferError(
+            f"prior: {path} is of {found.settings.get('width')} features ({made}), and this run's are {width}."
+        )
+    if found.fingerprint != fingerprint():
+        raise TransferError(
+            f"prior: {path} was made on another backbone, other weights or another input ({made}): set backbone.weights and "
+            "image.size as that run had them."
+        )
+    if list(config.features.normalise) != found.settings.get("normalise", []) or config.features.reduce != "none":
+        raise TransferError(
+            f"prior: {path} was made with features.normalise={found.settings.get('normalise')} and features.reduce=none: "
+            "set the same."
+        )
+    classes = shape.label_space.classes
+    if _prior_fits_head(config, shape) and set(classes) != set(found.classes):
+        raise TransferError(
+            f"prior: {path} is of {len(found.classes)} classes ({', '.join(found.classes[:4])}, ...) other than the target's "
+            f"{len(classes)}: set label_space=separate if that is meant."
+        )
+    return found
+
+
+def check_needs(method: Component, shape: TaskShape, has_source_model: bool = False, has_prior: bool = False) -> None:
     """Raises:
     TransferError: naming what is missing and the key that would bring it."""
     needs = method.implementation.needs  # type: ignore[attr-defined]
@@ -314,7 +394,11 @@ def check_needs(method: Component, shape: TaskShape, has_source_model: bool = Fa
             f"method {method.name} needs a labelled source with the target's classes, or the model of one: set source=NAME, "
             "or source_model=RUN, the folder of a run that trained one."
         )
-    if (needs.source_labels or needs.source_of_any_classes) and not shape.has_source:
+    if needs.source_of_any_classes and not shape.has_source and not has_prior:
+        raise TransferError(
+            f"method {method.name} needs a labelled source: set source=NAME, or prior=FILE, what method=source_posterior leaves."
+        )
+    if needs.source_labels and not shape.has_source:
         raise TransferError(f"method {method.name} needs a labelled source: set source=NAME.")
     if needs.source_labels and not shape.source_labels_fit_head:
         raise TransferError(

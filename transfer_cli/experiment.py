@@ -9,7 +9,7 @@ import torch
 
 from transfer_cli import outputs
 from transfer_cli.announce import opening_lines
-from transfer_cli.build import build_method, extract_features, pose_problem, readers, training_labels
+from transfer_cli.build import build_method, extract_features, labelled_sizes, pose_problem, readers, training_labels
 from transfer_cli.config.compose import resolve_components
 from transfer_cli.config.identity import identify
 from transfer_cli.config.schema import Config
@@ -49,7 +49,14 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
 
         # the domains, the task they pose, the method on its backbone; features instead of inputs, if that is never trained
         problem = pose_problem(config, components, fingerprints)
-        method = build_method(config, components, problem.task.shape, device, training_labels(problem.task))
+        method = build_method(
+            config,
+            components,
+            problem.task.shape,
+            device,
+            training_labels(problem.task),
+            sizes=labelled_sizes(problem.task),
+        )
         for line in opening_lines(config, components, problem, method, device):
             console.say(line)
         problem = extract_features(problem, method, config, components, device, console)

@@ -128,6 +128,8 @@ def write_result(
     features, examples = evaluator.samples(model)
     for path, content in ((folder.predictions, arrays), (folder.features, features), (folder.examples, examples)):
         write_arrays(path, content)
+    for name, data in session.method.artefacts().items():
+        write_atomically(folder.path / name, data)
     seconds = {"load": loaded, "fit": fitted, "evaluate": time.perf_counter() - began}
     result = {
         "schema_version": RESULT_SCHEMA,

@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
 
     from transfer_cli.build import rebuild_model
     from transfer_cli.data.batching import in_order
+    from transfer_cli.evaluation.evaluator import isolated
     from transfer_cli.loops.devices import choose_device
 
     device = choose_device(arguments.device)
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
     with _opened(arguments.output) as stream:
         write = _csv_writer(stream) if arguments.format == "csv" else lambda row: stream.write(json.dumps(row) + "\n")
         position = 0
-        with torch.inference_mode():
+        with torch.inference_mode(), isolated(config.seed, device):  # methods that draw say the same again
             for x in in_order(inputs, arguments.batch_size, device, arguments.workers):
                 prediction = model.predict(x)
                 for row in _rows(

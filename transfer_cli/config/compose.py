@@ -35,6 +35,8 @@ def typed(composed: DictConfig | dict[str, Any]) -> Config:
     assert isinstance(config, Config)
     if config.source_model is not None:
         config.source_model = _checkpoint(config.source_model)
+    if config.prior is not None and Path(config.prior).expanduser().is_dir():
+        config.prior = str(Path(config.prior).expanduser() / "source_posterior.safetensors")
     check(config)
     return config
 

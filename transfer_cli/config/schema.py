@@ -100,6 +100,9 @@ class Config:
     label_space: str = "closed"
     target_labels: Any = 0  # 0 | N (per class; in regression N in all) | all
     source_model: str | None = None  # a run's folder or its best.pt: the network that training starts from
+    prior: str | None = (
+        None  # a source's posterior that stands for the source: its file, or the folder of the run that wrote it
+    )
     bottleneck: int | None = None  # width of a layer between backbone and head
     selection: str = (
         "auto"  # the validator that chooses the checkpoint: auto (im, or source_val in regression), last, oracle, ...
@@ -139,7 +142,7 @@ COMPONENTS = (
     "ood",
 )
 OPTIONAL_COMPONENTS = ("source", "then", "strong", "head", "ood")  # of which a run may have none
-FILES = ("source_model",)  # keys that name files, which enter a run's identity by content
+FILES = ("source_model", "prior")  # keys that name files, which enter a run's identity by content
 OUTSIDE_IDENTITY = (
     "outputs",
     "data_root",

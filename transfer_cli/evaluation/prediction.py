@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -13,7 +14,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Prediction:
     """Classification: `log_probs` `(B, K)`. Regression: `mean` and `variance` `(B, T)` in the targets' units, `variance`
-    the whole of it and `epistemic` the part that more data would remove, where the method knows it.
+    the whole of it and `epistemic` the part that more data would remove, where the method knows it: in classification the
+    mutual information `(B,)`, in nats, of class and weights.
 
     Of a conformal run: the set of classes `members` `(B, K)`, or the interval from `lower` to `upper` `(B, T)`."""
 
@@ -33,6 +35,23 @@ class Prediction:
     def from_probs(cls, probs: Tensor) -> Prediction:
         """Probabilities `(B, K)` that sum to one; a zero is taken for the smallest positive number."""
         return cls(log_probs=probs.clamp_min(torch.finfo(probs.dtype).tiny).log())
+
+    @classmethod
+    def mixture(cls, parts: Sequence[Prediction]) -> Prediction:
+        """Of equal weights, those of networks or of draws of one; what they disagree on is the epistemic part."""
+        if parts[0].log_probs is not None:
+            return cls.of_draws(torch.stack([part.log_probs for part in parts if part.log_probs is not None]))
+        means = torch.stack([part.mean for part in parts if part.mean is not None])
+        noise = torch.stack([part.variance for part in parts if part.variance is not None]).mean(0)
+        spread = means.var(0, correction=0)
+        return cls(mean=means.mean(0), variance=noise + spread, epistemic=spread)
+
+    @classmethod
+    def of_draws(cls, log_probs: Tensor) -> Prediction:
+        """Log-probabilities `(S, B, K)` of S equally likely classifiers."""
+        mixed = log_probs.logsumexp(0) - math.log(len(log_probs))
+        doubt, inner = (torch.special.entr(lp.exp()).sum(-1) for lp in (mixed, log_probs))
+        return cls(log_probs=mixed, epistemic=(doubt - inner.mean(0)).clamp_min(0))
 
     @property
     def probs(self) -> Tensor:

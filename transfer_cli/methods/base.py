@@ -17,6 +17,7 @@ from transfer_cli.methods.domain_batchnorm import DomainSwitch
 from transfer_cli.methods.phases import Phase
 
 if TYPE_CHECKING:
+    from transfer_cli.methods.bayes.artefact import SourcePosterior
     from transfer_cli.methods.heads.base import Head
 
 
@@ -68,6 +69,12 @@ class Context:
     features: FeatureOptions = field(default_factory=FeatureOptions)
     make_head: Callable[[], Head] | None = None  # a new one each time; None: the method has no use for it
     input: InputSpec | None = None  # what a sample is, for a method that looks at inputs themselves
+    prior: SourcePosterior | None = None  # of another run, in the place of a source
+    class_names: tuple[str, ...] = ()  # names of those that the head predicts
+    fingerprint: Callable[[], str] | None = None  # of the backbone as it is, its weights and its input
+    about: Mapping[str, str] = field(default_factory=dict)  # the backbone's name and input, for people
+    labelled: Mapping[str, int] = field(default_factory=dict)  # labelled samples to train on, by part
+    make_backbone: Callable[[], nn.Module] | None = None  # another one each time, initialised anew
 
     @property
     def outputs(self) -> int:
@@ -87,6 +94,7 @@ class Method(nn.Module):
     is_game: ClassVar[bool] = False
     frozen_backbone: ClassVar[bool] = False  # True: never trained, so features are extracted once and kept
     last_only: ClassVar[bool] = False  # True: what it leaves of the backbone serves its own predictions alone
+    takes_prior: ClassVar[tuple[str, ...]] = ()  # kinds of a source's posterior that it takes in the place of a source
     representation_only: ClassVar[bool] = False  # True: it predicts nothing, so another method must follow (`then`)
     # The settings that it is made for: one that reads target inputs in another is run, after a word of warning.
     label_spaces: ClassVar[tuple[str, ...]] = ("closed",)
@@ -113,6 +121,10 @@ class Method(nn.Module):
     def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
         """The loss of granted target labels, which the gradient loop adds unless the method handles them."""
         raise NotImplementedError
+
+    def artefacts(self) -> Mapping[str, bytes]:
+        """Files that the trained method leaves in the run's folder, by name."""
+        return {}
 
     def pictures(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Images that a method makes of some of either domain, all `(N, C, H, W)` in [0, 1], for the report to show.
@@ -183,7 +195,10 @@ class Network(nn.Module):
         return 0.5 * (residual.square() * torch.exp(-self.log_noise) + self.log_noise).mean()
 
     def predict(self, x: Any, domain: str = "target") -> Prediction:
-        logits = self(x, domain).logits
+        return self.prediction(self(x, domain).logits)
+
+    def prediction(self, logits: Tensor) -> Prediction:
+        """What the head's outputs `(B, K)` or `(B, T)` say."""
         if self.kind == "classification":
             return Prediction.from_logits(logits)
         variance = torch.exp(self.log_noise) * self.label_std.square()

@@ -5,6 +5,7 @@ Only the backbone's weights pass on. Each method's phases are its own, granted t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,9 @@ class Chain(Method):
 
     def predict_source(self, x: Any) -> Prediction:
         return self.second.predict_source(x)
+
+    def artefacts(self) -> Mapping[str, bytes]:
+        return self.second.artefacts()
 
     def pictures(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
         return self.second.pictures(source, target)

@@ -31,6 +31,8 @@ class Preprocessing(nn.Module):
     def fit(self, source: Tensor | None, target: Tensor | None) -> dict[str, float]:
         """Statistics from the training features `(N, D)` of the domains there are; what the reduction kept, to be logged."""
         domains = {name: x for name, x in (("source", source), ("target", target)) if x is not None}
+        if not domains:  # a source's posterior alone is there
+            return {}
         for i, step in enumerate(self.options.normalise):
             pooled = torch.cat(list(domains.values()))
             for name, x in domains.items():

@@ -17,7 +17,7 @@ Hessian at Ŵ (`laplace`) or Böhning's bound of it, ½ (I - 11ᵀ/K) ⊗ Σ z z
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
@@ -29,15 +29,22 @@ from torch import Tensor
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.base import Context, Needs
 from transfer_cli.methods.bayes.base import SourceInformed
+from transfer_cli.methods.bayes.source_head import (
+    SourceHead,
+    diagonal_curvature,
+    penalties,
+    source_curvature,
+    source_optimum,
+    whitened,
+)
 from transfer_cli.methods.heads.base import Head
-from transfer_cli.methods.math.softmax import DENSE, Precision, Softmax, data_hessian
+from transfer_cli.methods.math.softmax import Precision, Softmax
 from transfer_cli.methods.math.temperature import folds_of
 from transfer_cli.methods.phases import FeatureTask
 
 LAMBDAS = torch.logspace(-3, 3, 7, dtype=torch.float64).tolist()
 ALPHAS = torch.logspace(-3, 0, 4, dtype=torch.float64).tolist()
 TEMPERATURES = [0.0, *torch.logspace(-3, 0, 7, dtype=torch.float64).tolist()]
-BIAS = 1e-2  # precision of the bias: N(0, 10²)
 
 Prior = Literal["isotropic", "l2sp", "ewc", "source"]
 Covariance = Literal["laplace", "boehning"]
@@ -52,9 +59,12 @@ class Posterior:
 
     def probs(self, z: Tensor, temperature: float, noise: Tensor) -> Tensor:
         """Class probabilities `(B, K)` at `(B, D)`, the mean over standard normal draws `noise` `(S, K)`."""
-        logits = z @ self.mean.T
+        return self.logits(z, temperature, noise).softmax(2).mean(0)
+
+    def logits(self, z: Tensor, temperature: float, noise: Tensor) -> Tensor:
+        """Draws `(S, B, K)`."""
         spread = temperature**0.5 * self.spread(z)
-        return (logits + torch.einsum("bkj,sj->sbk", spread, noise)).softmax(2).mean(0)
+        return z @ self.mean.T + torch.einsum("bkj,sj->sbk", spread, noise)
 
     def spread(self, z: Tensor) -> Tensor:
         """Roots `(B, K, K)` of the logits' covariances, without the direction in which softmax does not move."""
@@ -62,9 +72,17 @@ class Posterior:
         centring = torch.eye(classes, dtype=z.dtype, device=z.device) - 1 / classes
         if self.covariance.ndim == 2:
             return ((z @ self.covariance) * z).sum(1).clamp_min(0).sqrt()[:, None, None] * centring
-        between = torch.einsum("bd,kdle,be->bkl", z, self.covariance, z)
+        between = self.between(z)
         values, vectors = torch.linalg.eigh(centring @ between @ centring)
         return vectors * values.clamp_min(0).sqrt()[:, None, :]
+
+    def times(self, v: Tensor) -> Tensor:
+        """The whole covariance times weights `(K, D)`."""
+        return torch.einsum("kdle,le->kd", self.covariance, v)
+
+    def between(self, z: Tensor) -> Tensor:
+        """Covariances `(B, K, K)` of the logits."""
+        return torch.einsum("bd,kdle,be->bkl", z, self.covariance, z)
 
 
 class BayesianHead(Head):
@@ -80,9 +98,8 @@ class BayesianHead(Head):
         state = self.fitted
         posterior = Posterior(state.mean, state.covariance)
         z = whitened(x.double(), state.centre, state.whitening)
-        return Prediction.from_probs(
-            posterior.probs(z, float(state.temperature), normal_draws(self.draws, self.outputs, z))
-        )
+        logits = posterior.logits(z, float(state.temperature), normal_draws(self.draws, self.outputs, z))
+        return Prediction.of_draws(logits.log_softmax(2))
 
 
 class BayesHead(SourceInformed):
@@ -111,16 +128,21 @@ class BayesHead(SourceInformed):
             raise ValueError("lam, alpha and source_l2 are positive; lam and alpha may be null")
         if draws < 2 or (temperature is not None and temperature < 0):
             raise ValueError("temperature is not negative, and draws at least 2")
+        if self.known is not None and prior != "isotropic":
+            self.known.check(whiten=whiten, source_l2=source_l2)
         self.prior_kind, self.whiten, self.covariance, self.choose = prior, whiten, covariance, choose
         self.lam, self.alpha, self.temperature, self.source_l2, self.draws = lam, alpha, temperature, source_l2, draws
 
     def learn(self, task: FeatureTask) -> dict[str, float]:
-        assert task.source is not None and task.source.y is not None
         assert task.target_labelled is not None and task.target_labelled.y is not None
         summary = self.summary(task)
-        half = torch.linalg.cholesky(summary.within if self.whiten else torch.diag(summary.within.diagonal()))
-        z_s, z = (whitened(x, summary.centre, half) for x in (task.source.x, task.target_labelled.x))
-        mean, sharp = self.of_source(z_s, task.source.y)
+        half = summary.half(self.whiten)
+        z = whitened(task.target_labelled.x, summary.centre, half)
+        if self.known is not None:
+            mean, sharp = self.from_known(self.known, z.device)
+        else:
+            assert task.source is not None and task.source.y is not None
+            mean, sharp = self.of_source(whitened(task.source.x, summary.centre, half), task.source.y)
         problem = Softmax(z, task.target_labelled.y, torch.ones_like(z[:, 0]), mean, Precision(torch.zeros_like(mean)))
         lam, alpha, temperature = self.chosen(problem, sharp)
         posterior = self.posterior(with_prior(problem, sharp, lam, alpha))
@@ -135,17 +157,18 @@ class BayesHead(SourceInformed):
         start = z.new_zeros(self.num_classes, z.shape[1])
         if self.prior_kind == "isotropic":
             return start, Precision(start)
-        ones = torch.ones_like(z[:, 0])
-        w = Softmax(z, y, ones, start, Precision(penalties(start, self.source_l2 * len(z)))).minimise()
-        probs = (z @ w.T).softmax(1)
+        w = source_optimum(z, y, self.num_classes, self.source_l2)
         if self.prior_kind == "l2sp":
             return w, Precision(start)
-        if self.prior_kind == "ewc":
-            return w, Precision((probs * (1 - probs)).T @ z.square())
-        if w.numel() <= DENSE:
-            return w, Precision(start, full=data_hessian(z, ones, probs))
-        centring = torch.eye(len(w), dtype=z.dtype, device=z.device) - 1 / len(w)
-        return w, Precision(start, kron=(0.5 * centring, z.T @ z))
+        return w, Precision(diagonal_curvature(z, w)) if self.prior_kind == "ewc" else source_curvature(z, w)
+
+    def from_known(self, known: SourceHead, device: torch.device) -> tuple[Tensor, Precision]:
+        """The same from a source's posterior, in the source's place."""
+        head = known.to(device)
+        none = torch.zeros_like(head.mean)
+        if self.prior_kind in ("isotropic", "l2sp"):
+            return none if self.prior_kind == "isotropic" else head.mean, Precision(none)
+        return head.mean, Precision(head.diagonal) if self.prior_kind == "ewc" else head.precision()
 
     def settings(self) -> Iterator[tuple[float, float]]:
         """λ and α to choose among."""
@@ -170,23 +193,12 @@ class BayesHead(SourceInformed):
         if folds is None:
             return {1.0 if self.temperature is None else self.temperature: 0.0}
         temperatures = TEMPERATURES if self.temperature is None else [self.temperature]
-        totals = dict.fromkeys(temperatures, 0.0)
-        noise = normal_draws(self.draws, self.num_classes, problem.x)
-        for fold in folds.unique():
-            left, seen = folds == fold, folds != fold
-            posterior = self.posterior(
-                replace(problem, x=problem.x[seen], y=problem.y[seen], weights=problem.weights[seen])
-            )
-            for t in temperatures:
-                probs = posterior.probs(problem.x[left], t, noise).clamp_min(torch.finfo(torch.float64).tiny)
-                totals[t] += float(F.nll_loss(probs.log(), problem.y[left], reduction="sum")) / len(folds)
-        return totals
+        return left_out(problem, folds, self.posterior, temperatures, self.draws)
 
     def posterior(self, problem: Softmax) -> Posterior:
         w = problem.minimise()
         if self.covariance == "boehning":
-            bound = 0.5 * (problem.x * problem.weights[:, None]).T @ problem.x + problem.precision.shared()
-            return Posterior(w, torch.cholesky_inverse(torch.linalg.cholesky(bound)))
+            return bounded(problem, w)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian(w)))
         return Posterior(w, inverse.view(*w.shape, *w.shape))
 
@@ -202,22 +214,30 @@ class BayesHead(SourceInformed):
         return -problem.value(w) + 0.5 * (len(w) - 1) * float(dets[0] - dets[1])
 
 
+def left_out(
+    problem: Softmax, folds: Tensor, fit: Callable[[Softmax], Posterior], temperatures: Sequence[float], draws: int
+) -> dict[float, float]:
+    """By temperature, the mean negative log-likelihood of each fold's samples under what `fit` makes of the others."""
+    totals = dict.fromkeys(temperatures, 0.0)
+    noise = normal_draws(draws, len(problem.mean), problem.x)
+    for fold in folds.unique():
+        left, seen = folds == fold, folds != fold
+        posterior = fit(replace(problem, x=problem.x[seen], y=problem.y[seen], weights=problem.weights[seen]))
+        for t in temperatures:
+            probs = posterior.probs(problem.x[left], t, noise).clamp_min(torch.finfo(torch.float64).tiny)
+            totals[t] += float(F.nll_loss(probs.log(), problem.y[left], reduction="sum")) / len(folds)
+    return totals
+
+
+def bounded(problem: Softmax, w: Tensor) -> Posterior:
+    """At the optimum W, with Böhning's bound in the Hessian's place."""
+    bound = 0.5 * (problem.x * problem.weights[:, None]).T @ problem.x + problem.precision.shared()
+    return Posterior(w, torch.cholesky_inverse(torch.linalg.cholesky(bound)))
+
+
 def with_prior(problem: Softmax, sharp: Precision, lam: float, alpha: float) -> Softmax:
     """The problem under P = α H_s + λ I."""
     return replace(problem, precision=sharp.scaled(alpha).plus(penalties(problem.mean, lam)))
-
-
-def penalties(like: Tensor, lam: float) -> Tensor:
-    """λ for every weight `(K, D)`, and the bias's own precision in the last column."""
-    out = torch.full_like(like, lam)
-    out[:, -1] = BIAS
-    return out
-
-
-def whitened(x: Tensor, centre: Tensor, half: Tensor) -> Tensor:
-    """`L⁻¹ (x - m)` of `(B, D)`, and a column of ones."""
-    z = torch.linalg.solve_triangular(half, (x - centre).T, upper=False).T
-    return torch.cat([z, torch.ones_like(z[:, :1])], 1)
 
 
 def normal_draws(n: int, width: int, like: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class Summary:
         """The mean `(D,)` of the class means that there are."""
         return self.means[self.counts > 0].mean(0)
 
+    def half(self, whiten: bool = True) -> Tensor:
+        """The factor `(D, D)` by which features are whitened, or, with `whiten=False`, only brought to one scale."""
+        return torch.linalg.cholesky(self.within if whiten else torch.diag(self.within.diagonal()))
+
     def spread(self) -> float:
         """By how much class means vary, in units of the covariance within classes: 1/κ of μ_c ~ N(m, Σ / κ).
 
