@@ -149,11 +149,16 @@ def _rows(
     prediction: Any, classes: Sequence[str], every_class: bool, level: float | None, risk: float | None
 ) -> Iterator[dict[str, Any]]:
     """`abstains` with a `risk`; `set` of a conformal run, its classes from the most probable on."""
+    from transfer_cli.evaluation.metrics import epistemic_share
+
     if prediction.log_probs is not None:
         members = None if prediction.members is None else prediction.members.cpu()
+        shares = None if prediction.epistemic is None else epistemic_share(prediction)
         for i, probs in enumerate(prediction.probs.cpu()):
             best = int(probs.argmax())
             row: dict[str, Any] = {"class": classes[best], "probability": round(float(probs[best]), 6)}
+            if shares is not None:
+                row["epistemic_share"] = round(float(shares[i]), 6)
             if members is not None:
                 inside = [classes[c] for c in probs.argsort(descending=True).tolist() if members[i, c]]
                 row["set"] = inside if every_class else "|".join(inside)
@@ -170,8 +175,7 @@ def _rows(
         columns["upper"] = columns["mean"] + half * columns["std"]
     abstains = None if risk is None else ((columns["upper"] - columns["lower"]) / 2 > risk).any(1).tolist()
     if prediction.epistemic is not None:
-        share = prediction.epistemic.double() / prediction.variance.double().clamp_min(1e-24)
-        columns["epistemic_share"] = share.cpu()
+        columns["epistemic_share"] = epistemic_share(prediction)
     for i in range(len(columns["mean"])):
         row = {
             f"{name}_{t}": float(f"{float(value):.7g}")  # as many digits as float32 has

@@ -47,7 +47,11 @@ class Calibration:
             log_probs = _finite(prediction.log_probs.double())
             factor, bias = self.factor.to(log_probs.device), self.bias.to(log_probs.device)
             scaled = F.log_softmax(factor * log_probs + bias, dim=1)
-            return Prediction(log_probs=scaled.to(prediction.log_probs.dtype), epistemic=prediction.epistemic)
+            epistemic = prediction.epistemic
+            if epistemic is not None:  # the same share of the entropy as before
+                before, after = (torch.special.entr(x.exp()).sum(1) for x in (log_probs, scaled))
+                epistemic = (epistemic * after / before.clamp_min(1e-24)).to(epistemic.dtype)
+            return Prediction(log_probs=scaled.to(prediction.log_probs.dtype), epistemic=epistemic)
         assert prediction.mean is not None and prediction.variance is not None
         square = self.factor.square().to(prediction.variance)
         epistemic = None if prediction.epistemic is None else square * prediction.epistemic

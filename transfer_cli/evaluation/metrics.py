@@ -32,6 +32,8 @@ def final_score(prediction: Prediction, labels: Tensor) -> dict[str, float]:
         figures["aurc"] = area_under_risk_coverage(log_probs.max(1).values, log_probs.argmax(1) != labels)
         best = fit_temperature(log_probs, labels)
         figures["nll_best_temperature"] = float(torch.nn.functional.cross_entropy(log_probs / best, labels))
+        if prediction.epistemic is not None:
+            figures["epistemic_share"] = float(epistemic_share(prediction).mean())
     if prediction.members is not None:
         members = torch.nn.functional.pad(
             prediction.members.cpu(), (0, max(0, int(labels.max()) + 1 - prediction.members.shape[1]))
@@ -74,6 +76,15 @@ def uncertainty(prediction: Prediction) -> Tensor:
     assert prediction.variance is not None
     spread = prediction.variance if prediction.epistemic is None else prediction.epistemic
     return spread.double().cpu().mean(1)
+
+
+def epistemic_share(prediction: Prediction) -> Tensor:
+    """Of the variance `(N, T)`, or of the classes' entropy `(N,)`, the share that more data would remove; float64 on the CPU."""
+    assert prediction.epistemic is not None
+    if prediction.log_probs is not None:
+        return (prediction.epistemic.double().cpu() / uncertainty(prediction).clamp_min(1e-24)).clamp(0, 1)
+    assert prediction.variance is not None
+    return prediction.epistemic.double().cpu() / prediction.variance.double().cpu().clamp_min(1e-24)
 
 
 def padded(log_probs: Tensor, labels: Tensor) -> Tensor:
