@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
+from torchvision.transforms.functional import InterpolationMode, rotate
 
 from transfer_cli.data.domain import Domain, Part, Place, as_labels, fingerprint_values, numbered
 from transfer_cli.data.inputs import ArrayInputs
@@ -13,19 +14,26 @@ DIGIT_NAMES = tuple("0123456789")
 
 
 class Digits:
-    """Grey 8 x 8, block counts 0..16 stretched to 0..255; no published split inside scikit-learn."""
+    """Grey 8 x 8, block counts 0..16 stretched to 0..255; no published split inside scikit-learn.
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    Args:
+        rotate: degrees, anticlockwise, by which every image is turned.
+    """
+
+    def __init__(self, place: Place, *, rotate: float = 0.0) -> None:
+        self.rotate = rotate
 
     def fingerprint(self) -> str:
         images = load_digits().images
-        return fingerprint_values("digits", images.shape, float(images.sum()))
+        return fingerprint_values("digits", images.shape, float(images.sum()), *([self.rotate] if self.rotate else []))
 
     def load(self) -> Domain:
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-        inputs = ArrayInputs(torch.from_numpy(pixels)[:, None])
+        images = torch.from_numpy(pixels)[:, None]
+        if self.rotate:
+            images = rotate(images, self.rotate, InterpolationMode.BILINEAR)
+        inputs = ArrayInputs(images)
         return Domain(
             "digits",
             "classification",

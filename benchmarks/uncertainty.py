@@ -1,0 +1,199 @@
+"""Uncertainty of transfer on few labels: Gaussian processes, a head with a source's prior, calibration under a shift, real pairs.
+
+    python benchmarks/uncertainty.py OUTPUTS [processes] [classification] [real] > table.md
+
+Every figure is the mean over ten values of `data_seed` (of `seed` too where a network is trained; five for the real pairs) with its
+standard error. RMSE, CRPS and widths are in standard deviations of the target test labels, those of Friedman's functions in their own unit.
+Finished runs are found again, so a second start prints the tables. `real` reads the data folder, the others need none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+MODES = ("scratch", "source", "pooled", "hyper", "icm", "sequential")
+
+
+class Pair(NamedTuple):
+    """A row's name, what chooses it on the command line, and how runs call its domains; `unit`: labels keep their own unit."""
+
+    name: str
+    options: tuple[str, ...]
+    source: str
+    target: str
+    unit: bool = False
+
+
+def domains(name: str, source: str, target: str) -> tuple[str, ...]:
+    return (f"source={name}", f"target={name}", f"source.domain={source}", f"target.domain={target}")
+
+
+PAIRS = (
+    Pair("diabetes, women → men", ("diabetes_sex",), "diabetes_female", "diabetes_male"),
+    Pair("diabetes, men → women", ("diabetes_sex_back",), "diabetes_male", "diabetes_female"),
+    Pair("diabetes, normal → high BMI", ("diabetes_bmi",), "diabetes_low_bmi", "diabetes_high_bmi"),
+    Pair("Friedman, close", ("friedman_close",), "friedman_source", "friedman_close", True),
+    Pair("Friedman, far", ("friedman_far",), "friedman_source", "friedman_far", True),
+    Pair("Friedman, unrelated", ("friedman_unrelated",), "friedman_source", "friedman_unrelated", True),
+)
+REAL = (
+    Pair("wine, red → white", domains("wine", "red", "white"), "wine_red", "wine_white"),
+    Pair("wine, white → red", domains("wine", "white", "red"), "wine_white", "wine_red"),
+    Pair("schools, mixed → girls", domains("school", "mixed", "girls"), "school_mixed", "school_girls"),
+    Pair("C-MAPSS, FD001 → FD003", domains("cmapss", "FD001", "FD003"), "cmapss_FD001", "cmapss_FD003"),
+    Pair("GB1, single → more mutations", domains("gb1", "single", "rest"), "gb1_single", "gb1_rest"),
+    Pair("ESOL → FreeSolv", ("source=esol_smiles", "target=freesolv_smiles"), "esol_smiles", "freesolv_smiles"),
+    Pair("FreeSolv → ESOL", ("source=freesolv_smiles", "target=esol_smiles"), "freesolv_smiles", "esol_smiles"),
+)
+
+
+class Run(NamedTuple):
+    result: dict[str, Any]
+    config: dict[str, Any]
+    folder: Path
+
+
+def transfer(outputs: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "transfer_cli", "run", "-m", *options, f"outputs={outputs}", "threads=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+
+
+def finished(outputs: Path) -> list[Run]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    paths = [path.parent for path in sorted(outputs.glob("runs/*/*/result.json"))]
+    read = [
+        (json.loads((p / "result.json").read_text()), yaml.load((p / "config.yaml").read_text(), loader)) for p in paths
+    ]
+    return [Run(result, config, path) for (result, config), path in zip(read, paths, strict=True)]
+
+
+def draws(n: int) -> str:
+    return "data_seed=" + ",".join(map(str, range(n)))
+
+
+def told(values: Iterable[float]) -> str:
+    """Mean and standard error."""
+    several = list(values)
+    mean = f"{statistics.fmean(several):.3f}"
+    return f"{mean} ± {statistics.stdev(several) / math.sqrt(len(several)):.3f}" if len(several) > 1 else mean
+
+
+def deviation(run: Run) -> float:
+    """Of the target test labels."""
+    with np.load(run.folder / "predictions.npz") as arrays:
+        return float(arrays["target_test_labels"].std())
+
+
+def process_table(runs: Sequence[Run], pairs: Sequence[Pair], labels: int, modes: Sequence[str]) -> None:
+    head = ("pair", "mode", "RMSE", "NLL", "CRPS", "95 % coverage", "width", "weight of the transfer")
+    print(f"\n## Gaussian processes, {labels} target labels\n")
+    print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")
+    for pair in pairs:
+        for mode in modes:
+            bare, guard = mode.removesuffix(", guarded"), "evidence" if mode.endswith("guarded") else "none"
+            chosen = [
+                run
+                for run in runs
+                if (run.result["source"], run.result["target"]) == (pair.source, pair.target)
+                and run.result["method"] == "gp"
+                and run.config["target_labels"] == labels
+                and (run.config["method"]["mode"], run.config["method"]["guard"]) == (bare, guard)
+            ]
+            if not chosen:
+                continue
+            scales = [1.0 if pair.unit else deviation(run) for run in chosen]
+            metrics = list(zip([run.result["metrics"]["target_test"] for run in chosen], scales, strict=True))
+            weights = [r.result["fit"]["transfer_weight"] for r in chosen if "transfer_weight" in r.result["fit"]]
+            columns = [
+                told(m["rmse"] / scale for m, scale in metrics),
+                told(m["nll"] - math.log(scale) for m, scale in metrics),
+                told(m["crps"] / scale for m, scale in metrics),
+                told(m["coverage_95"] for m, _ in metrics),
+                told(m["width_95"] / scale for m, scale in metrics),
+                told(weights) if weights else "",
+            ]
+            print(f"| {' | '.join([pair.name, mode, *columns])} |")
+
+
+def processes(outputs: Path) -> None:
+    every = "experiment=" + ",".join(pair.options[0] for pair in PAIRS)
+    transfer(outputs, every, f"method.mode={','.join(MODES)}", draws(10))
+    transfer(outputs, every, "method.guard=evidence", draws(10))
+    transfer(outputs, "experiment=friedman_unrelated", "target_labels=50", "method.mode=scratch,sequential", draws(10))
+    transfer(outputs, "experiment=friedman_unrelated", "target_labels=50", "method.guard=evidence", draws(10))
+    runs = finished(outputs)
+    process_table(runs, PAIRS, 20, (*MODES, "sequential, guarded"))
+    process_table(runs, PAIRS[-1:], 50, ("scratch", "sequential", "sequential, guarded"))
+
+
+def classes(low: int, high: int) -> str:
+    return "[" + ",".join(f"'{c}'" for c in range(low, high)) + "]"
+
+
+def classification(outputs: Path) -> None:
+    digits = ("source=digits", "target=digits")
+    known = (f"subset.source_classes={classes(0, 5)}", f"subset.target_classes={classes(0, 5)}", "trainer.steps=600")
+    new = (f"subset.source_classes={classes(0, 5)}", f"subset.target_classes={classes(5, 10)}", "label_space=separate")
+    for seed in range(10):
+        seeds = (f"seed={seed}", f"data_seed={seed}")
+        transfer(outputs, *digits, "method=source_only", *known, *seeds)
+        trained = [
+            run for run in finished(outputs) if run.config["subset"]["source_classes"] and run.result["seed"] == seed
+        ]
+        network = next(run.folder for run in trained if run.result["method"] == "source_only")
+        weights = f"backbone.weights={network}/checkpoints/best.pt"
+        transfer(outputs, *digits, *new, "target_labels=10", "method=niw_lda,dirichlet_gp", weights, *seeds)
+        turned = ("target.rotate=30", "method=source_only", "calibration_share=1", "trainer.steps=600")
+        transfer(outputs, *digits, *turned, "target_labels=5", "calibration=ts,ts_map,vector", *seeds)
+    print("\n## Classification, 50 target labels\n")
+    print("| task | | accuracy | NLL | ECE |", "|---|---|---|---|---|", sep="\n")
+    runs = finished(outputs)
+    for method in ("niw_lda", "dirichlet_gp"):
+        row(
+            "digits 0-4 → 5-9",
+            method,
+            [r.result["metrics"]["target_test"] for r in runs if r.result["method"] == method],
+        )
+    by_kind = {k: [r.result for r in runs if r.config["calibration"] == k] for k in ("ts", "ts_map", "vector")}
+    task = "digits → the same turned by 30°"
+    row(task, "source_only", [result["calibration"]["before"]["target_test"] for result in by_kind["ts"]])
+    for kind, results in by_kind.items():
+        row(task, f"source_only calibration={kind}", [result["metrics"]["target_test"] for result in results])
+
+
+def row(task: str, what: str, metrics: Sequence[dict[str, float]]) -> None:
+    print(f"| {task} | `{what}` | {' | '.join(told(m[key] for m in metrics) for key in ('accuracy', 'nll', 'ece'))} |")
+
+
+def real(outputs: Path) -> None:
+    common = ("backbone=identity", "method=gp", "target_labels=50", "subset.source=1500", "subset.test=2000", draws(5))
+    for pair in REAL:
+        transfer(outputs, *pair.options, *common, "method.mode=scratch,source,pooled,sequential")
+        transfer(outputs, *pair.options, *common, "method.guard=evidence")
+    heart = (*domains("heart", "cleveland", "hungarian"), "backbone=identity", draws(5))
+    transfer(outputs, *heart, "target_labels=10", "method=no_adaptation,coral,niw_lda,bayes_head,dirichlet_gp")
+    process_table(finished(outputs), REAL, 50, ("scratch", "source", "pooled", "sequential", "sequential, guarded"))
+    print("\n## Heart disease, Cleveland → Hungary, 10 labels a class\n")
+    print("| task | | accuracy | NLL | ECE |", "|---|---|---|---|---|", sep="\n")
+    runs = [run.result for run in finished(outputs) if run.result["target"] == "heart_hungarian"]
+    for method in ("no_adaptation", "coral", "niw_lda", "bayes_head", "dirichlet_gp"):
+        row("heart", method, [result["metrics"]["target_test"] for result in runs if result["method"] == method])
+
+
+SECTIONS = {"processes": processes, "classification": classification, "real": real}
+
+if __name__ == "__main__":
+    for section in sys.argv[2:] or SECTIONS:
+        SECTIONS[section](Path(sys.argv[1]).resolve())
