@@ -824,3 +824,13 @@ def test_two_moons_are_turned_scaled_and_a_function_of_their_keys(tmp_path: Path
     torch.testing.assert_close(upper.norm(dim=1), torch.ones(75))  # a half-circle around the origin
     keys = [{}, {"draw": 1}, {"angle": 5.0}, {"noise": 0.1}, {"n": 151}, {"scale": 2.0}]
     assert len({TwoMoons(place, **key).fingerprint() for key in keys}) == len(keys)  # type: ignore[arg-type]
+
+
+def test_digits_are_turned_anticlockwise() -> None:
+    from transfer_cli.data.readers.digits import Digits
+
+    plain, turned, quarter = (Digits(Place(None), rotate=angle) for angle in (0.0, 30.0, 90.0))
+    assert len({reader.fingerprint() for reader in (plain, turned, quarter)}) == 3
+    images = {reader: reader.load().train.inputs.values for reader in (plain, turned, quarter)}  # type: ignore[attr-defined]
+    assert torch.equal(images[quarter], torch.rot90(images[plain], 1, (2, 3)))
+    assert images[turned].dtype == torch.uint8 and not torch.equal(images[turned], images[plain])

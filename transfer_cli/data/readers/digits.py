@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from torchvision.transforms.functional import InterpolationMode, rotate
 
 from transfer_cli.data.domain import Domain, Part, Place, as_labels, fingerprint_values, numbered
 from transfer_cli.data.inputs import ArrayInputs
@@ -32,7 +31,10 @@ class Digits:
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
         images = torch.from_numpy(pixels)[:, None]
         if self.rotate:
-            images = rotate(images, self.rotate, InterpolationMode.BILINEAR)
+            from transfer_cli.torchvision_compat import torchvision  # only here is it needed
+
+            bilinear = torchvision.transforms.InterpolationMode.BILINEAR
+            images = torchvision.transforms.functional.rotate(images, self.rotate, bilinear)
         inputs = ArrayInputs(images)
         return Domain(
             "digits",
