@@ -16,9 +16,9 @@ from transfer_cli.methods.bayes.bayes_head import BayesHead, Posterior, normal_d
 from transfer_cli.methods.bayes.niw_lda import NIWLDA
 from transfer_cli.methods.bayes.source_head import BIAS, penalties, whitened
 from transfer_cli.methods.bayes.summary import Summary
+from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.niw import NIW, log_evidence
 from transfer_cli.methods.math.softmax import Precision, Softmax
-from transfer_cli.methods.math.temperature import folds_of
 from transfer_cli.methods.phases import Features, FeatureTask
 
 

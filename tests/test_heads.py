@@ -16,6 +16,7 @@ from sklearn.svm import SVC, SVR
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
+from transfer_cli.evaluation.temperature import fit_temperature
 from transfer_cli.methods.baseline.no_adaptation import NoAdaptation
 from transfer_cli.methods.heads.base import Head
 from transfer_cli.methods.heads.knn import KNN
@@ -23,7 +24,6 @@ from transfer_cli.methods.heads.logistic import Logistic
 from transfer_cli.methods.heads.ridge import Ridge
 from transfer_cli.methods.heads.svm import SVM
 from transfer_cli.methods.math.logistic import fit_logistic, fit_ridge
-from transfer_cli.methods.math.temperature import fit_temperature
 from transfer_cli.methods.phases import Features, FeatureTask
 
 

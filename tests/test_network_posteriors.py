@@ -27,8 +27,8 @@ from transfer_cli.methods.bayes.source_prior import SourcePrior
 from transfer_cli.methods.bayes.swag import SWAG, snapshot
 from transfer_cli.methods.bayes.vbll import VBLL
 from transfer_cli.methods.bayes.weight_moments import WeightMoments, assign, flat, mahalanobis, woodbury
+from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.softmax import Precision, Softmax
-from transfer_cli.methods.math.temperature import folds_of
 from transfer_cli.methods.phases import Batch, ClosedForm, Features, FeatureTask, Gradient, Labelled, Progress
 
 VECTOR, IMAGE = InputSpec("vector", (2,)), InputSpec("image", (1, 16, 16))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
-from transfer_cli.methods.math.temperature import PRIOR_STD, fit_temperature, minimise_log
+from transfer_cli.evaluation.temperature import PRIOR_STD, fit_temperature, minimise_log
 
 STEPS = 200  # of L-BFGS, which needs some ten
 

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transfer_cli.evaluation.calibration import Labelled
 from transfer_cli.evaluation.prediction import Prediction
-from transfer_cli.methods.math.logistic import fit_logistic, standardising
 
 ENOUGH = 100  # effective scores: with fewer, coverage varies by more than 3 points from one draw of them to another
-FOLDS, RIDGES = 3, (1e-3, 1e-2, 1e-1, 1.0)
+FOLDS, STRENGTHS = 3, (1.0, 10.0, 100.0, 1000.0)  # divided by the number of samples
 SLACK = 1e-12  # relative: level · (n + 1) may be a whole number that floating point misses
 
 
@@ -43,25 +43,27 @@ class DensityRatio:
 
 
 def fit_density_ratio(source: Tensor, target: Tensor) -> DensityRatio:
-    """From a logistic domain classifier on features `(N, D)` and `(M, D)`, whose ridge cross-validation chooses."""
+    """From a logistic domain classifier on features `(N, D)` and `(M, D)`, whose strength cross-validation chooses."""
+    from sklearn.linear_model import LogisticRegression
+
     x = torch.cat([source, target]).double().flatten(1)
-    mean, scale = standardising(x)
-    z, domain = (x - mean) / scale, (torch.arange(len(x)) >= len(source)).long()
-    fold = torch.arange(len(x)) % FOLDS
+    mean, scale = x.mean(0), x.std(0, correction=0)
+    scale = torch.where(scale > 1e-8, scale, 1.0)
+    z, domain = ((x - mean) / scale).numpy(), np.arange(len(x)) >= len(source)
+    fold = np.arange(len(x)) % FOLDS
 
-    def fit(kept: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-        return fit_logistic(z[kept], domain[kept], 2, l2, torch.full_like(z[kept, 0], 1 / int(kept.sum())))
+    def fit(kept: Any, strength: float) -> LogisticRegression:
+        return LogisticRegression(C=strength, max_iter=1000).fit(z[kept], domain[kept])
 
-    def loss(l2: float) -> float:
-        total = 0.0
-        for f in range(FOLDS):
-            w, b = fit(fold != f, l2)
-            left = fold == f
-            total += float(F.cross_entropy(z[left] @ w.T + b, domain[left], reduction="sum"))
-        return total
+    def loss(strength: float) -> float:
+        return sum(
+            -float(np.log(probs[np.arange(len(probs)), domain[left].astype(int)].clip(1e-12)).sum())
+            for left, probs in ((fold == f, fit(fold != f, strength).predict_proba(z[fold == f])) for f in range(FOLDS))
+        )
 
-    w, b = fit(fold >= 0, min(RIDGES, key=loss))
-    return DensityRatio(mean, scale, w[1] - w[0], b[1] - b[0] + math.log(len(source) / len(target)))
+    found = fit(fold >= 0, min((c / len(x) for c in STRENGTHS), key=loss))
+    bias = torch.tensor(float(found.intercept_[0]) + math.log(len(source) / len(target)), dtype=torch.float64)
+    return DensityRatio(mean, scale, torch.from_numpy(found.coef_[0]), bias)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
-from transfer_cli.methods.math.temperature import fit_temperature
+from transfer_cli.evaluation.temperature import fit_temperature
 
 
 def score(kind: str, prediction: Prediction, labels: Tensor, known: int | None = None) -> dict[str, float]:

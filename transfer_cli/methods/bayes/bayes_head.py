@@ -38,8 +38,8 @@ from transfer_cli.methods.bayes.source_head import (
     whitened,
 )
 from transfer_cli.methods.heads.base import Head
+from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.softmax import Precision, Softmax
-from transfer_cli.methods.math.temperature import folds_of
 from transfer_cli.methods.phases import FeatureTask
 
 LAMBDAS = torch.logspace(-3, 3, 7, dtype=torch.float64).tolist()

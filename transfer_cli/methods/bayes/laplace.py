@@ -26,8 +26,8 @@ from transfer_cli.methods.base import Context
 from transfer_cli.methods.bayes.bayes_head import TEMPERATURES, Posterior, left_out, normal_draws
 from transfer_cli.methods.bayes.supervised import Supervised
 from transfer_cli.methods.fitted import Fitted
+from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.softmax import Precision, Softmax, data_hessian
-from transfer_cli.methods.math.temperature import folds_of
 from transfer_cli.methods.phases import ClosedForm, FeatureTask, Phase
 
 LAMBDAS = torch.logspace(-4, 6, 201, dtype=torch.float64)

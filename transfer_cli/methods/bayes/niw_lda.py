@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.temperature import fit_temperature
 from transfer_cli.methods.base import Context, Needs
 from transfer_cli.methods.bayes.base import SourceInformed
 from transfer_cli.methods.bayes.summary import Summary
 from transfer_cli.methods.heads.base import Head
+from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.niw import NIW, log_evidence
-from transfer_cli.methods.math.temperature import fit_temperature, folds_of
 from transfer_cli.methods.phases import FeatureTask
 
 SPARE = torch.logspace(0, 6, 25, dtype=torch.float64)  # ν0 - D - 1

@@ -27,8 +27,8 @@ from transfer_cli.methods.bayes.source_head import (
     whitened,
 )
 from transfer_cli.methods.fitted import Fitted
+from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.softmax import Precision, Softmax
-from transfer_cli.methods.math.temperature import folds_of
 from transfer_cli.methods.phases import FeatureTask
 
 STATELESS = ("row_sum", "l2")  # steps of features.normalise that a sample needs no others for

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.temperature import fit_temperature
 from transfer_cli.methods.heads.base import Head, check_classes, mean_one
 from transfer_cli.methods.math.logistic import fit_ridge, standardising
-from transfer_cli.methods.math.temperature import fit_temperature
 
 
 class Ridge(Head):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.temperature import fit_temperature
 from transfer_cli.methods.heads.base import Head, check_classes, mean_one
-from transfer_cli.methods.math.temperature import fit_temperature
 
 CACHE_MB = 1000
 CALIBRATION = 3000  # at most as many samples calibrate the probabilities
