@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import SMALL, Outcome
 
 Transfer = Callable[..., Outcome]
@@ -307,3 +308,13 @@ def test_a_sweep_names_the_runs_that_failed(transfer: Transfer) -> None:
     assert outcome.code == 2
     said = outcome.err.splitlines()
     assert any("1 of the sweep's runs failed" in line for line in said) and "method=finetune" in said[-1]
+
+
+def test_a_sweep_over_experiments_takes_keys_of_their_methods(transfer: Transfer) -> None:
+    """Hydra holds them against the default's method, which is another."""
+    keys = ["method.mode=scratch", "method.hyper_posterior=map", "subset.target_classes=null", "threads=1"]
+    outcome = transfer("run", "-m", "experiment=diabetes_sex,friedman_close", *keys)
+    assert outcome.code == 0, outcome.err
+    configs = [yaml.safe_load(path.read_text()) for path in Path("outputs/runs").glob("*/*/config.yaml")]
+    assert len(configs) == 2 and {config["method"]["mode"] for config in configs} == {"scratch"}
+    assert "method.mod'" in transfer("run", "-m", "experiment=diabetes_sex,friedman_close", "method.mod=scratch").err

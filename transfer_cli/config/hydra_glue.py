@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -46,6 +49,7 @@ def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
         TransferError: for what the user can mend in the configuration.
     """
     folders = _prepare(arguments)
+    arguments = _keys_of_each_job(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands errors on instead of printing them
     sys.argv = ["transfer run", *arguments]
     try:
@@ -72,6 +76,30 @@ def composed(overrides: Sequence[str]) -> DictConfig:
         if explained is None:
             raise
         raise TransferError(explained) from error
+
+
+def _keys_of_each_job(arguments: Sequence[str]) -> list[str]:
+    """Where a sweep goes over experiments, other overrides as sweeps over one value.
+
+    Hydra first composes a sweep without what is swept, and would hold `method.mode=icm` against the default's method.
+    """
+    parser = OverridesParser.create()
+
+    def read(argument: str) -> Override | None:
+        with suppress(HydraException):  # which says what is wrong when its turn comes
+            return parser.parse_override(argument)
+        return None
+
+    overrides = {a: read(a) for a in arguments if "=" in a and not a.startswith("-")}
+    if not any(o and o.key_or_group == "experiment" and o.is_sweep_override() for o in overrides.values()):
+        return list(arguments)
+    found = []
+    for argument in arguments:
+        override, (key, _, value) = overrides.get(argument), argument.partition("=")
+        one = f"{key}=choice({value})"
+        alone = override is not None and "." in override.key_or_group and not override.is_sweep_override()
+        found.append(one if alone and read(one) is not None else argument)
+    return found
 
 
 def _prepare(arguments: Sequence[str]) -> list[Path]:
