@@ -274,6 +274,11 @@ def test_a_calibrated_run_from_training_to_new_samples(transfer: Transfer) -> No
     assert sets_of(plain.run)["calibration"] is None and plain.run != shown.run
     assert (shown.run / "figures" / "reliability.png").stat().st_size > 10000
 
+    report = transfer("report", str(shown.run.parent)).out
+    figures = result["metrics"]["target_test"]
+    assert f"{figures['nll']:.3f}, {figures['ece']:.3f}" in report  # a table of scores, for a run was calibrated
+    assert f"{100 * figures['conformal_coverage']:.1f}, {figures['conformal_size']:.3g}" in report
+    assert "NLL and ECE" not in transfer("report", str(plain.run)).out
     assert transfer("evaluate", str(shown.run)).code == 0
     written = transfer("predict", str(shown.run), "--dataset", "digits", "--risk", "0.3")
     rows = list(csv.DictReader(io.StringIO(written.out)))

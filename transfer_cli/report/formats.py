@@ -17,8 +17,9 @@ TITLE = {
     "regression": "RMSE on the target test set: mean ± standard deviation (runs)",
 }
 CSV_METRIC = {"classification": "accuracy_percent", "regression": "rmse"}
+SETS = ("conformal sets or intervals: the share held, %, and their mean size", "conformal_coverage", "conformal_size")
 MORE: dict[str, list[tuple[str, ...]]] = {  # further tables of a kind: title, and the figures of a cell
-    "classification": [],
+    "classification": [("NLL and ECE on the target test set", "nll", "ece"), SETS],
     "regression": [
         ("CRPS on the target test set: mean ± standard deviation (runs)", "crps"),
         (
@@ -26,6 +27,7 @@ MORE: dict[str, list[tuple[str, ...]]] = {  # further tables of a kind: title, a
             "coverage_95",
             "width_95",
         ),
+        SETS,
     ],
 }
 WORSE, WORSE_LABEL_FREE = "↓", f"↓{LABEL_FREE}"
@@ -83,7 +85,7 @@ def as_csv(tables: Sequence[Table], records: Sequence[Record]) -> str:
                     name = [row.method, " ".join(row.told), str(row.oracle).lower(), *pair]
                     worse = ["" if each is None else str(each).lower() for each in found.get((row, pair), [None] * 3)]
                     writer.writerow([*name, CSV_METRIC[table.kind], cell.mean, std, len(cell.runs), *seeds, *worse])
-                    for metric in (name for _, *names in MORE[table.kind] for name in names):
+                    for metric in (name for _, *names in _further(table) for name in names):
                         values = _values(cell, metric)
                         if values:
                             mean, std = mean_and_std(values)
@@ -135,9 +137,17 @@ def _markdown_grid(table: Table, write: Callable[[Row, Pair], str]) -> str:
 
 def _more(table: Table) -> Iterator[tuple[str, Callable[[Row, Pair], str]]]:
     """Title and cells of the further tables whose figures some run has."""
+    for title, *metrics in _further(table):
+        yield title, partial(_figures, table, metrics)
+
+
+def _further(table: Table) -> Iterator[tuple[str, ...]]:
+    """Those of `MORE` whose figures some run has; scores of probabilities where some run was calibrated."""
+    runs = [run for cell in table.cells.values() for run in cell.runs]
+    calibrated = any(run.settings[""].get("calibration", "none") != "none" for run in runs)
     for title, *metrics in MORE[table.kind]:
-        if any(_values(cell, metric) for cell in table.cells.values() for metric in metrics):
-            yield title, partial(_figures, table, metrics)
+        if ("ece" not in metrics or calibrated) and any(metric in run.figures for run in runs for metric in metrics):
+            yield title, *metrics
 
 
 def _figures(table: Table, metrics: Sequence[str], row: Row, pair: Pair) -> str:
@@ -150,8 +160,12 @@ def _figure(values: Sequence[float], metric: str) -> str:
     if not values:
         return "-"
     mean, std = mean_and_std(values)
-    if metric.startswith("coverage"):
+    if "coverage" in metric:
         return f"{100 * mean:.1f}"
+    if metric in ("nll", "ece"):
+        return f"{mean:.3f}"
+    if metric == "conformal_size":
+        return f"{mean:.3g}"
     if metric.startswith("width"):
         return f"{mean:.{_decimals(mean)}f}"
     digits = _decimals(mean)
