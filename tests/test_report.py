@@ -397,7 +397,7 @@ def test_figures_of_classification_are_the_same_bytes_each_time(tmp_path: Path) 
         write_events(folder.path, phases=("pretrain", "adapt"))
         draw_figures(folder)
         drawn.append({path.name: path.read_bytes() for path in folder.figures.iterdir()})
-    assert set(drawn[0]) == {"learning_curves.png", "confusion_target_test.png"}
+    assert set(drawn[0]) == {"learning_curves.png", "confusion_target_test.png", "reliability.png"}
     assert all(content.startswith(PNG) for content in drawn[0].values())
     assert drawn[0] == drawn[1]
 
@@ -408,7 +408,7 @@ def test_confusion_of_many_classes_and_of_a_class_without_a_head(
 ) -> None:
     folder = classified(tmp_path, [str(i) for i in range(classes)], heads)
     draw_figures(folder)
-    assert [path.name for path in folder.figures.iterdir()] == ["confusion_target_test.png"]
+    assert {path.name for path in folder.figures.iterdir()} == {"confusion_target_test.png", "reliability.png"}
 
 
 def test_a_closed_form_fit_has_no_learning_curve(tmp_path: Path) -> None:
@@ -434,7 +434,8 @@ def test_figures_of_regression(tmp_path: Path, width: int) -> None:
     write_json(tmp_path / "result.json", result_of("regression"))
     write_events(tmp_path)
     draw_figures(RunFolder(tmp_path))
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"learning_curves.png", "predicted_target_test.png"}
+    names = {"learning_curves.png", "predicted_target_test.png", "reliability.png"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == names
 
 
 def test_methods_without_a_choice_of_head_do_not_make_others_tell_theirs(tmp_path: Path) -> None:
