@@ -446,7 +446,12 @@ def opening(setting: str, source: str, target: str, *methods: str) -> list[str]:
     named = {g: SimpleNamespace(name=g, parameters={}) for g in ("source", "target", "backbone")}
     space = LabelSpace(setting, tuple(source), tuple(target))
     task = SimpleNamespace(
-        source=None, target_unlabelled="ab", target_labelled=None, kind="classification", label_space=space
+        source=None,
+        target_unlabelled="ab",
+        target_labelled=None,
+        target_calibration=None,
+        kind="classification",
+        label_space=space,
     )
     problem = Problem(task, SimpleNamespace(target_test="ab"), ())  # type: ignore[arg-type]
     lines = opening_lines(Config(), {**named, **chosen}, problem, torch.nn.Linear(1, 1), torch.device("cpu"))  # type: ignore[dict-item]
