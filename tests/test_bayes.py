@@ -166,7 +166,8 @@ def test_temperature_leaves_the_order_alone_and_mends_doubt() -> None:
     certain = NIW(
         summary.means, torch.full((4,), 1e6, dtype=torch.float64), 1e6, 1e4 * summary.within
     )  # Σ far too small
-    assert method.temperature(certain, few.x, few.y) > 5
+    many = stretched(100)[1]  # that the prior of the temperature has little to say
+    assert method.temperature(certain, many.x, many.y) > 5
 
 
 def test_folds_deal_out_each_class() -> None:
@@ -307,3 +308,15 @@ def test_what_was_chosen_is_told() -> None:
     assert set(told) == {"nu", "kappa", "temperature"} and told["nu"] > 13
     told = BayesHead(context(12, 4, **setting), lam=0.3, temperature=0.5).fit(FeatureTask(source, None, few))
     assert told == {"lambda": 0.3, "alpha": 0.0, "temperature": 0.5}
+
+
+def test_samples_that_are_all_right_when_left_out_do_not_make_predictions_certain() -> None:
+    """Likelihood alone takes the temperature to its floor, and one error then costs a thousand nats."""
+    means = 8 * torch.eye(4, 12, dtype=torch.float64)
+    y = torch.arange(20) % 4
+    source, few = (Features(means[y] + draws(20, 12, seed=seed), y) for seed in (1, 2))
+    method = NIWLDA(context(12, 4, has_target_labels=True))
+    told = method.fit(FeatureTask(source, None, few))
+    assert 0.1 < told["temperature"] <= 1
+    between = 0.5 * (means[:1] + means[1:2])
+    assert float(method.predict(between).probs.max()) < 0.99

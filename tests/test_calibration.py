@@ -63,7 +63,9 @@ def test_ts_recovers_the_temperature_and_leaves_the_guesses_alone() -> None:
 
 def test_ts_map_lies_between_the_source_and_the_target() -> None:
     source, few, many = labelled(4000, 2.0), labelled(15, 6.0, seed=1), labelled(20000, 6.0, seed=1)
-    centre, alone = (fit_calibration("ts", data)[1]["temperature"] for data in (source, few))
+    (centre, alone) = (
+        fit_calibration(kind, data)[1]["temperature"] for kind, data in (("ts_map", source), ("ts", few))
+    )
     _, figures = fit_calibration("ts_map", few, source)
     assert figures["temperature_source"] == centre
     assert min(centre, alone) < figures["temperature"] < max(centre, alone)
@@ -86,6 +88,8 @@ def test_ts_map_of_labels_that_are_all_right_stays_finite() -> None:
     data = Labelled(Prediction(log_probs=log_probs), torch.arange(3))
     assert fit_calibration("ts", data)[1]["temperature"] < 0.1
     assert 0.3 < fit_calibration("ts_map", data)[1]["temperature"] < 1
+    perfect = labelled(100, 0.01)  # nor does a source without an error draw the target's temperature to zero
+    assert fit_calibration("ts_map", labelled(15, 1.0), perfect)[1]["temperature"] > 0.2
 
 
 def test_vector_recovers_what_a_temperature_cannot() -> None:

@@ -1,7 +1,8 @@
 """Recalibration of a fitted model's predictions: few numbers, fitted to labels that trained nothing.
 
     ts       one temperature:  p' ∝ p^(1/T)  (Guo et al., ICML 2017); in regression one factor of the standard deviations
-    ts_map   the same by MAP:  min  NLL_target(T) + (log T - log T_source)² / (2 · ½²),  T_source that of source labels, or 1
+    ts_map   the same by MAP:  min  NLL_target(T) + (log T - log T_source)² / (2 · ½²),  T_source in the same way
+             that of source labels about 1: a source that is told without an error would make it zero
     vector   a factor and a bias a class (vector scaling, Guo et al. 2017), by MAP too:  log w_c ~ N(-log T_map, ½²),
              b_c ~ N(0, ½²);  in regression a factor an output
 
@@ -63,7 +64,7 @@ def fit_calibration(
 ) -> tuple[Calibration, dict[str, float | list[float]]]:
     """Of the `kind` (`ts`, `ts_map`, `vector`) to `data`, and its figures for people; `source`, of the prior's centre, for the
     last two."""
-    centre = None if kind == "ts" else 1.0 if source is None else _temperature(source)
+    centre = None if kind == "ts" else 1.0 if source is None else _temperature(source, 1.0)
     temperature = _temperature(data, centre)
     figures: dict[str, float | list[float]] = {"temperature": temperature}
     if source is not None and centre is not None:

@@ -5,7 +5,8 @@
 S is the source's covariance within classes. Where the head's classes are the source's, m_c are its class means and κ0, how little
 they move, is chosen by the target labels' evidence; elsewhere (`centre: common`) m is the mean of all and κ0 the source's own
 spread of class means. ν0 is chosen by evidence over a wide grid; both may be set. t is the posterior predictive, Student's; T is
-found by `folds`-fold cross-validation on the granted labels. Without target labels the prior itself predicts.
+found by `folds`-fold cross-validation on the granted labels, with log T ~ N(0, ½²): where few samples are all right when left out,
+likelihood alone would make every prediction certain. Without target labels the prior itself predicts.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class NIWHead(Head):
 
 
 class NIWLDA(SourceInformed):
+    version = 2  # the temperature has a prior
     needs = Needs(source_of_any_classes=True)
 
     def __init__(
@@ -102,7 +104,7 @@ class NIWLDA(SourceInformed):
             left, seen = folds == fold, folds != fold
             counts = torch.bincount(y[seen], minlength=self.num_classes).to(x)
             scores[left] = class_scores(prior.update(x[seen], y[seen]), counts, x[left])
-        return fit_temperature(scores, y)
+        return fit_temperature(scores, y, centre=1.0)
 
 
 def class_scores(posterior: NIW, counts: Tensor, x: Tensor) -> Tensor:
