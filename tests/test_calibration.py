@@ -17,9 +17,10 @@ from conftest import SMALL, Outcome
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from transfer_cli.commands.predict import _finite, _rows
 from transfer_cli.data.domain import Domain, Part
 from transfer_cli.data.inputs import ArrayInputs
-from transfer_cli.data.task import match_labels, split_pair
+from transfer_cli.data.task import deal, match_labels, split_pair
 from transfer_cli.evaluation.calibration import Calibration, Labelled, fit_calibration
 from transfer_cli.evaluation.conformal import fewest, fit_conformal, fit_density_ratio
 from transfer_cli.evaluation.metrics import area_under_risk_coverage, final_score, out_of_distribution
@@ -252,6 +253,16 @@ def test_labels_kept_back_train_nothing_and_are_of_every_class() -> None:
     assert len(odd.target_calibration) == 2 and len(odd.target_labelled) == 1
 
 
+def test_a_share_is_of_rare_classes_too() -> None:
+    for counts in ((90, 10), (14, 10, 6), (40, 1)):
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        part = Part(ArrayInputs(torch.zeros(len(labels), 1)), labels, tuple(map(str, range(len(labels)))))
+        halves = deal(part, 0.5, torch.Generator().manual_seed(0))
+        for half in halves:
+            found = torch.bincount(half.labels, minlength=len(counts)).tolist()
+            assert all(abs(n - whole / 2) <= 1 for n, whole in zip(found, counts, strict=True))
+
+
 def sets_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text())
 
@@ -305,6 +316,25 @@ def test_sets_from_the_source_s_scores(transfer: Transfer, conformal: str) -> No
     assert transfer("evaluate", str(shown.run)).code == 0
 
 
+@pytest.mark.parametrize("calibration", ["ts", "ts_map", "vector"])
+@pytest.mark.parametrize("conformal", ["split", "target"])
+def test_every_calibration_beside_every_kind_of_sets(transfer: Transfer, calibration: str, conformal: str) -> None:
+    both = [f"calibration={calibration}", f"conformal={conformal}", "target_labels=6", "conformal_level=0.8"]
+    shown = transfer("run", *SMALL, "method=coral", *both)
+    assert shown.code == 0, shown.err
+    result = sets_of(shown.run)
+    assert result["calibration"]["domain"] == "target"
+    half = 15 if conformal == "target" else 30  # what both would use is halved
+    assert result["calibration"]["labels"] == half
+
+
+def test_bounds_that_are_none_are_null_in_json() -> None:
+    endless = torch.tensor([[math.inf]])
+    prediction = Prediction(mean=torch.zeros(1, 1), variance=torch.ones(1, 1), lower=-endless, upper=endless)
+    row = next(_rows(prediction, (), False, None, 1.0))
+    assert row["abstains"] and json.loads(json.dumps(_finite(row), allow_nan=False))["upper_0"] is None
+
+
 def test_regression_intervals_of_new_samples_are_the_conformal_ones(transfer: Transfer) -> None:
     pair = [
         "source=friedman",
@@ -332,8 +362,18 @@ def test_regression_intervals_of_new_samples_are_the_conformal_ones(transfer: Tr
         (["calibration=tsmap"], "ts_map"),
         (["calibration=ts", "split.validation=0"], "needs labels that train nothing"),
         (["conformal=target"], "set target_labels=N"),
-        (["conformal=target", "target_labels=1"], "needs 9 labels at conformal_level=0.9, and has 5"),
+        (
+            ["conformal=target", "target_labels=1", "calibration_share=1", "conformal_level=0.95"],
+            "needs 19 labels at conformal_level=0.95, and has 10",
+        ),
         (["conformal=split", "split.validation=0"], "needs validation samples"),
+        (["target_labels=1", "calibration_share=0.01", "calibration=ts"], "has no target label"),
+        (["target_labels=1", "calibration=ts"], "leaves 5 classes without a target label to learn"),
+        (["method=finetune", "target_labels=5", "calibration_share=1", "calibration=ts"], "keeps back all of them"),
+        (
+            ["method=osbp", "label_space=open", "subset.source_classes=['0','1','2']", "conformal=split"],
+            "label_space=open has classes of which no label can be granted",
+        ),
         (["conformal=split", "conformal_level=1.5"], "conformal_level is a share"),
         (["conformal=split", "conformal_level=0.999"], "needs 999 labels"),
         (["calibration=ts", "calibration_share=0"], "calibration_share"),

@@ -133,7 +133,7 @@ def build_method(
     chosen = [components[group] for group in ("method", "then") if group in components]
     for component in chosen:  # the first alone starts from another run's network
         starts_there = config.source_model is not None and component is chosen[0]
-        check_needs(component, shape, trained or starts_there, config.prior is not None)
+        check_needs(component, shape, trained or starts_there, config.prior is not None, config.calibration_share == 1)
     if config.source_model is not None and chosen[0].implementation.frozen_backbone:  # type: ignore[attr-defined]
         raise TransferError(
             f"method {chosen[0].name} has no network that could start from source_model: "
@@ -383,7 +383,13 @@ def read_prior(
     return found
 
 
-def check_needs(method: Component, shape: TaskShape, has_source_model: bool = False, has_prior: bool = False) -> None:
+def check_needs(
+    method: Component,
+    shape: TaskShape,
+    has_source_model: bool = False,
+    has_prior: bool = False,
+    all_kept_back: bool = False,
+) -> None:
     """Raises:
     TransferError: naming what is missing and the key that would bring it."""
     needs = method.implementation.needs  # type: ignore[attr-defined]
@@ -403,6 +409,11 @@ def check_needs(method: Component, shape: TaskShape, has_source_model: bool = Fa
     if needs.source_labels and not shape.source_labels_fit_head:
         raise TransferError(
             f"method {method.name} needs a source with the target's classes; label_space=separate has none."
+        )
+    if needs.target_labels and not shape.has_target_labels and all_kept_back:
+        raise TransferError(
+            f"method {method.name} needs target labels, and calibration_share=1 keeps back all of them: set it lower, and "
+            "target_labels=N."
         )
     if needs.target_labels and not shape.has_target_labels:
         raise TransferError(

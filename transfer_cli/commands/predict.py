@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from statistics import NormalDist
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--risk",
-        type=float,
+        type=_risk,
         default=None,
         metavar="RISK",
         help="abstain where the probability of an error, or in regression half the width of the interval, is above this",
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     level = arguments.level
     if config.conformal != "none" and level not in (None, config.conformal_level):
         raise TransferError(
-            f"--level {level}: this run's intervals are conformal at {config.conformal_level:g}, and at no other level."
+            f"--level {level}: this run's sets are conformal at {config.conformal_level:g}, and at no other level."
         )
     config.data_root = arguments.data_root or config.data_root
 
@@ -75,7 +76,11 @@ def main(argv: list[str]) -> int:
     )
 
     with _opened(arguments.output) as stream:
-        write = _csv_writer(stream) if arguments.format == "csv" else lambda row: stream.write(json.dumps(row) + "\n")
+        write = (
+            _csv_writer(stream)
+            if arguments.format == "csv"
+            else lambda row: stream.write(json.dumps(_finite(row)) + "\n")
+        )
         position = 0
         with torch.inference_mode(), isolated(config.seed, device):  # methods that draw say the same again
             for x in in_order(inputs, arguments.batch_size, device, arguments.workers):
@@ -138,6 +143,13 @@ def _dataset(config: Config, choice: Sequence[str], spec: InputSpec) -> tuple[li
     return list(part.ids), as_samples(domain.name, part.inputs, spec)
 
 
+def _risk(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, not {text}")
+    return value
+
+
 def _level(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
@@ -183,6 +195,11 @@ def _rows(
             for t, value in enumerate(values[i])
         }
         yield row if abstains is None else {**row, "abstains": abstains[i]}
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: a bound that is none is null."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
 def _csv_writer(stream: Any) -> Any:

@@ -322,10 +322,10 @@ def _grant(part: Part, budget: Any, target: Domain, draw: torch.Generator) -> tu
 def deal(part: Part, share: float, draw: torch.Generator) -> tuple[Part, Part]:
     """The part without a share of its samples, and these; of every class as evenly as can be."""
     order = torch.randperm(len(part), generator=draw)
-    if part.labels.ndim == 1:  # classes take turns
+    if part.labels.ndim == 1:  # classes take turns, each as often as it has samples
         own = torch.nn.functional.one_hot(part.labels[order])
-        turn = (own.cumsum(0) * own).sum(1)
-        order = order[turn.argsort(stable=True)]
+        turn = (own.cumsum(0) * own).sum(1) - 0.5
+        order = order[(turn / own.sum(0)[part.labels[order]]).argsort(stable=True)]
     kept = len(part) - round(share * len(part))
     return part.take(order[:kept].sort().values), part.take(order[kept:].sort().values)
 

@@ -41,10 +41,11 @@ class Calibrated:
         return self._finish(self.model.predict_source(x), self.model.features_source, x)
 
     def _finish(self, prediction: Prediction, features: Any, x: Any) -> Prediction:
+        prediction = prediction.cpu()  # where float64 is sure to be
         if self.calibration is not None:
             prediction = self.calibration(prediction)
         if self.conformal is not None:
-            prediction = self.conformal(prediction, None if self.conformal.ratio is None else features(x))
+            prediction = self.conformal(prediction, None if self.conformal.ratio is None else features(x).cpu())
         return prediction
 
     def features(self, x: Any) -> Tensor:
@@ -81,7 +82,7 @@ class Calibrated:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """Labelled samples that trained nothing, of the `domain` source or target."""
 
@@ -123,6 +124,25 @@ def check_calibration(config: Config, task: TransferTask) -> None:
         raise TransferError(
             f"calibration={config.calibration} needs labels that train nothing: set target_labels=N, or a source with the target's "
             "classes and split.validation above 0."
+        )
+    for what in (parts.calibration, parts.prior):
+        if what is not None and not len(what.part):
+            raise TransferError(
+                f"calibration={config.calibration} has no {what.domain} label: "
+                f"set {'target_labels or calibration_share' if what.domain == 'target' else 'split.validation'} higher."
+            )
+    kept, rest = task.target_calibration, task.target_labelled
+    if kept is not None and config.calibration_share < 1 and task.kind == "classification":
+        trained = set() if rest is None else set(rest.labels.tolist())
+        if missing := set(kept.labels.tolist()) - trained:
+            raise TransferError(
+                f"calibration_share={config.calibration_share:g} leaves {len(missing)} classes without a target label to learn "
+                "from: set target_labels higher, or calibration_share=1 for a method that needs none."
+            )
+    if task.label_space.setting == "open" and (config.conformal != "none" or config.calibration == "vector"):
+        raise TransferError(
+            "label_space=open has classes of which no label can be granted: no set can be promised to hold them. "
+            "Set conformal=none and calibration=ts or ts_map."
         )
     if config.conformal == "none":
         return

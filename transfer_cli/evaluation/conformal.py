@@ -97,7 +97,7 @@ class Conformal:
                 prediction, members=1 - prediction.log_probs.double().exp() <= q.to(prediction.log_probs.device)
             )
         assert prediction.mean is not None and prediction.variance is not None
-        half = q.to(prediction.mean.device) * prediction.variance.double().sqrt()
+        half = q.to(prediction.mean.device) * prediction.variance.double().sqrt().clamp_min(1e-12)
         return replace(prediction, lower=prediction.mean - half, upper=prediction.mean + half)
 
     @property

@@ -70,6 +70,11 @@ class Prediction:
         certain = self.log_probs is None or not bool(self.log_probs.isnan().any())
         return certain and all(bool(torch.isfinite(value).all()) for value in numbers)
 
+    def cpu(self) -> Prediction:
+        """The same on the CPU."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Prediction(**{name: None if value is None else value.cpu() for name, value in columns.items()})
+
     @classmethod
     def concatenate(cls, parts: Sequence[Prediction]) -> Prediction:
         """Batches as one, on the CPU."""

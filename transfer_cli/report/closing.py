@@ -104,6 +104,8 @@ def _set_lines(result: Mapping[str, Any]) -> list[str]:
     metrics = result["metrics"]["target_test"]
     size = metrics.get("conformal_size", math.inf)
     what = f"sets of {size:.2f} classes" if result["kind"] == "classification" else f"intervals {size:.4g} wide"
+    unbounded = metrics.get("conformal_unbounded", 0.0)
+    what += f" ({_percent(unbounded)} of them without bounds)" if unbounded else ""
     labels, effective = found["labels"], found["effective_labels"]
     of = f"{labels:,}" if effective > 0.999 * labels else f"{labels:,} (effectively {effective:.0f})"
     lines = [
