@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/transfer run method=dann
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
