@@ -21,7 +21,7 @@ from transfer_cli.commands.predict import _finite, _rows
 from transfer_cli.data.domain import Domain, Part
 from transfer_cli.data.inputs import ArrayInputs
 from transfer_cli.data.task import deal, match_labels, split_pair
-from transfer_cli.evaluation.calibration import Calibration, Labelled, fit_calibration
+from transfer_cli.evaluation.calibration import Calibration, LabelledPrediction, fit_calibration
 from transfer_cli.evaluation.conformal import fewest, fit_conformal, fit_density_ratio
 from transfer_cli.evaluation.metrics import area_under_risk_coverage, final_score, out_of_distribution
 from transfer_cli.evaluation.prediction import Prediction
@@ -29,23 +29,25 @@ from transfer_cli.evaluation.prediction import Prediction
 Transfer = Callable[..., Outcome]
 
 
-def labelled(n: int, temperature: float = 1.0, classes: int = 4, seed: int = 0, bias: Tensor | None = None) -> Labelled:
+def labelled(
+    n: int, temperature: float = 1.0, classes: int = 4, seed: int = 0, bias: Tensor | None = None
+) -> LabelledPrediction:
     """Labels drawn from `softmax(logits / temperature + bias)`, of predictions `softmax(logits)`."""
     draw = torch.Generator().manual_seed(seed)
     log_probs = torch.log_softmax(3 * torch.randn(n, classes, generator=draw, dtype=torch.float64), 1)
     truth = torch.softmax(log_probs / temperature + (0 if bias is None else bias), 1)
-    return Labelled(Prediction(log_probs=log_probs), torch.multinomial(truth, 1, generator=draw)[:, 0])
+    return LabelledPrediction(Prediction(log_probs=log_probs), torch.multinomial(truth, 1, generator=draw)[:, 0])
 
 
-def gaussian(n: int, stretch: float, outputs: int = 2, seed: int = 0) -> Labelled:
+def gaussian(n: int, stretch: float, outputs: int = 2, seed: int = 0) -> LabelledPrediction:
     """Labels whose deviations are `stretch` times those predicted."""
     draw = torch.Generator().manual_seed(seed)
     mean, noise = (torch.randn(n, outputs, generator=draw, dtype=torch.float64) for _ in range(2))
     variance = torch.rand(n, outputs, generator=draw, dtype=torch.float64) + 0.1
-    return Labelled(Prediction(mean=mean, variance=variance), mean + stretch * variance.sqrt() * noise)
+    return LabelledPrediction(Prediction(mean=mean, variance=variance), mean + stretch * variance.sqrt() * noise)
 
 
-def nll(calibration: Calibration, data: Labelled) -> float:
+def nll(calibration: Calibration, data: LabelledPrediction) -> float:
     log_probs = calibration(data.prediction).log_probs
     assert log_probs is not None
     return float(torch.nn.functional.nll_loss(log_probs, data.labels, reduction="sum"))
@@ -86,7 +88,7 @@ def test_ts_map_lies_between_the_source_and_the_target() -> None:
 def test_ts_map_of_labels_that_are_all_right_stays_finite() -> None:
     """Plain temperature scaling of separable labels runs to its bound; the prior keeps the other."""
     log_probs = torch.log_softmax(torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2]]).double(), 1)
-    data = Labelled(Prediction(log_probs=log_probs), torch.arange(3))
+    data = LabelledPrediction(Prediction(log_probs=log_probs), torch.arange(3))
     assert fit_calibration("ts", data)[1]["temperature"] < 0.1
     assert 0.3 < fit_calibration("ts_map", data)[1]["temperature"] < 1
     perfect = labelled(100, 0.01)  # nor does a source without an error draw the target's temperature to zero
@@ -127,7 +129,7 @@ def test_sets_cover_as_stated_whatever_the_model(level: float) -> None:
     covered = []
     for i in range(400):
         rows = slice(40 * i, 40 * i + 39)
-        part = Labelled(Prediction(log_probs=everything.prediction.log_probs[rows]), everything.labels[rows])  # type: ignore[index]
+        part = LabelledPrediction(Prediction(log_probs=everything.prediction.log_probs[rows]), everything.labels[rows])  # type: ignore[index]
         one = slice(40 * i + 39, 40 * i + 40)
         found = fit_conformal(part, level)(Prediction(log_probs=everything.prediction.log_probs[one]))  # type: ignore[index]
         assert found.members is not None
@@ -183,10 +185,10 @@ def test_weights_mend_the_coverage_under_covariate_shift() -> None:
     """Noise grows with x, and the target has larger x: source scores are too small for it, weighted ones right."""
     draw = torch.Generator().manual_seed(0)
 
-    def part(n: int, centre: float) -> tuple[Labelled, Tensor]:
+    def part(n: int, centre: float) -> tuple[LabelledPrediction, Tensor]:
         x = torch.randn(n, 1, generator=draw).double() + centre
         y = (1 + x.clamp_min(0)).square() * torch.randn(n, 1, generator=draw).double()
-        return Labelled(Prediction(mean=torch.zeros(n, 1).double(), variance=torch.ones(n, 1).double()), y), x
+        return LabelledPrediction(Prediction(mean=torch.zeros(n, 1).double(), variance=torch.ones(n, 1).double()), y), x
 
     (calibration, x_source), (test, x_target) = part(3000, 0.0), part(3000, 1.0)
     coverage = {}

@@ -17,7 +17,7 @@ from transfer_cli.data.batching import derive_seed
 from transfer_cli.data.domain import Part
 from transfer_cli.data.task import TransferTask, deal
 from transfer_cli.errors import TransferError
-from transfer_cli.evaluation.calibration import Calibration, Labelled, fit_calibration
+from transfer_cli.evaluation.calibration import Calibration, LabelledPrediction, fit_calibration
 from transfer_cli.evaluation.conformal import ENOUGH, Conformal, DensityRatio, fewest, fit_conformal, fit_density_ratio
 from transfer_cli.evaluation.evaluator import Evaluator, Predictor
 from transfer_cli.evaluation.health import evenly
@@ -166,8 +166,10 @@ def calibrate(evaluator: Evaluator, model: Predictor, config: Config) -> tuple[C
     task = evaluator.task
     parts = roles(config, task)
 
-    def predicted(predictor: Predictor, samples: Samples) -> Labelled:
-        return Labelled(evaluator.predict(predictor, samples.part.inputs, samples.domain), samples.part.labels)
+    def predicted(predictor: Predictor, samples: Samples) -> LabelledPrediction:
+        return LabelledPrediction(
+            evaluator.predict(predictor, samples.part.inputs, samples.domain), samples.part.labels
+        )
 
     scaled, found = Calibrated(model), None
     if parts.calibration is not None:

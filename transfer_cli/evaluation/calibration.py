@@ -26,7 +26,7 @@ STEPS = 200  # of L-BFGS, which needs some ten
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledPrediction:
     """Predictions with the labels `(N,)` or `(N, T)` that they were made without."""
 
     prediction: Prediction
@@ -60,7 +60,7 @@ class Calibration:
 
 
 def fit_calibration(
-    kind: str, data: Labelled, source: Labelled | None = None
+    kind: str, data: LabelledPrediction, source: LabelledPrediction | None = None
 ) -> tuple[Calibration, dict[str, float | list[float]]]:
     """Of the `kind` (`ts`, `ts_map`, `vector`) to `data`, and its figures for people; `source`, of the prior's centre, for the
     last two."""
@@ -83,7 +83,7 @@ def fit_calibration(
     return Calibration(factor, bias), {**figures, "factors": factor.tolist(), "biases": bias.tolist()}
 
 
-def _temperature(data: Labelled, centre: float | None = None) -> float:
+def _temperature(data: LabelledPrediction, centre: float | None = None) -> float:
     """That of the probabilities, or the factor of the standard deviations: `min Σ [z² / (2 s²) + log s]` and the prior."""
     if data.prediction.log_probs is not None:
         return fit_temperature(_finite(data.prediction.log_probs), data.labels, centre=centre)
@@ -94,15 +94,15 @@ def _temperature(data: Labelled, centre: float | None = None) -> float:
     return minimise_log(lambda log_s: total / 2 * math.exp(-2 * log_s) + n * log_s, centre)
 
 
-def _output(data: Labelled, t: int) -> Labelled:
+def _output(data: LabelledPrediction, t: int) -> LabelledPrediction:
     assert data.prediction.mean is not None and data.prediction.variance is not None
     one = slice(t, t + 1)
-    return Labelled(
+    return LabelledPrediction(
         Prediction(mean=data.prediction.mean[:, one], variance=data.prediction.variance[:, one]), data.labels[:, one]
     )
 
 
-def _fit_vector(data: Labelled, temperature: float) -> tuple[Tensor, Tensor]:
+def _fit_vector(data: LabelledPrediction, temperature: float) -> tuple[Tensor, Tensor]:
     assert data.prediction.log_probs is not None
     log_probs = _finite(data.prediction.log_probs.double())
     classes = log_probs.shape[1]

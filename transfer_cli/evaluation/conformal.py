@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfer_cli.evaluation.calibration import Labelled
+from transfer_cli.evaluation.calibration import LabelledPrediction
 from transfer_cli.evaluation.prediction import Prediction
 
 ENOUGH = 100  # effective scores: with fewer, coverage varies by more than 3 points from one draw of them to another
@@ -108,7 +108,7 @@ class Conformal:
 
 
 def fit_conformal(
-    data: Labelled, level: float, ratio: DensityRatio | None = None, features: Tensor | None = None
+    data: LabelledPrediction, level: float, ratio: DensityRatio | None = None, features: Tensor | None = None
 ) -> Conformal:
     """`data`: of samples that trained nothing; with a `ratio`, their `features` `(n, D)`."""
     scores = _scores(data)
@@ -125,7 +125,7 @@ def fewest(level: float) -> int:
     return math.ceil(level / (1 - level) * (1 - SLACK))
 
 
-def _scores(data: Labelled) -> Tensor:
+def _scores(data: LabelledPrediction) -> Tensor:
     prediction = data.prediction
     if prediction.log_probs is not None:
         return 1 - prediction.log_probs.double().exp().gather(1, data.labels[:, None])
