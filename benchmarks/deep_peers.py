@@ -11,7 +11,8 @@ pip install skada skorch pytorch-adapt 'setuptools<81' (which pytorch-adapt's to
 Ours goes the way of `transfer run`: configuration, readers, session, `run_phases` with its records, but no looks at validation or
 test samples in between. A peer goes its documentation's way: pytorch-adapt's hooks in the loop of its README, fed by its
 `CombinedSourceAndTargetDataset` and `DataloaderCreator`; skada's nets by their `fit`, which is skorch's. They get float32 tensors
-in memory, which suits their loaders best, and torch's own SGD; ours reads what it keeps (uint8) and takes fused SGD, as ever.
+in memory, which suits their loaders best, and torch's own SGD, and leave modules in the memory layout in which torch makes them;
+ours reads what it keeps (uint8), takes fused SGD and, unless told otherwise, channels-last convolutions, as ever.
 
 Each side is a process of its own with one thread, warmed up. The sides take turns, one working while the other waits, once a seed.
 Timed is the training alone, the loading of batches included. `ratio` is how many times faster ours is by the clock, the median
@@ -119,6 +120,9 @@ class Problem:
 
 def images(inputs: Any) -> Tensor:
     return to_model(inputs.values, CPU)  # type: ignore[return-value]
+
+
+AS_BUILT = ("trainer.channels_last=false",)  # a peer's modules
 
 
 class Unwatched:
@@ -555,7 +559,7 @@ def show(*cells: object) -> None:
 def compare(case: Case, backbone: str, extra: list[str], steps: int, seeds: int) -> list[str]:
     """Print a cell's line; the goals that it misses."""
     common = [f"backbone={backbone}"]
-    with Side(case, False, common + extra) as mine, Side(case, True, common) as peer:
+    with Side(case, False, common + extra) as mine, Side(case, True, [*common, *AS_BUILT]) as peer:
         for side in (mine, peer):
             side.run(PASS, 0, warm_up=True)
         for seed in range(seeds):
