@@ -25,6 +25,7 @@ from transfer_cli.evaluation.calibration import Calibration, LabelledPrediction,
 from transfer_cli.evaluation.conformal import fewest, fit_conformal, fit_density_ratio
 from transfer_cli.evaluation.metrics import area_under_risk_coverage, final_score, out_of_distribution
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.methods.feature_method import FeatureMethod
 
 Transfer = Callable[..., Outcome]
 
@@ -306,6 +307,34 @@ def test_a_calibrated_run_from_training_to_new_samples(transfer: Transfer) -> No
         assert arrays["target_test_members"].shape == arrays["target_test_probs"].shape
     (shown.run / "checkpoints" / "calibration.pt").unlink()
     assert "calibration.pt is missing" in transfer("predict", str(shown.run), "--dataset", "digits").err
+
+
+@pytest.mark.parametrize("conformal", ["none", "split", "weighted"])
+def test_a_calibrated_run_predicts_its_test_sets_once(
+    transfer: Transfer, monkeypatch: pytest.MonkeyPatch, conformal: str
+) -> None:
+    """And its figures are those of the recalibrated model asked from the start."""
+    asked: list[int] = []
+    for name in ("predict", "predict_source"):
+        plain = getattr(FeatureMethod, name)
+
+        def counted(self: Any, x: Any, plain: Any = plain) -> Prediction:
+            asked.append(len((found := plain(self, x)).labels))
+            return found
+
+        monkeypatch.setattr(FeatureMethod, name, counted)
+    kinds = ["calibration=ts", f"conformal={conformal}", "conformal_level=0.5", "ood=digits"]
+    counts = []
+    for options in ([], kinds):
+        asked.clear()
+        shown = transfer("run", *SMALL, "method=coral", "split.validation=0.3", *options)
+        assert shown.code == 0, shown.err
+        counts.append(sum(asked))
+    strangers = 200  # subset.test of those
+    result = sets_of(shown.run)
+    kept = result["calibration"]["labels"] + (result["conformal"]["labels"] if result["conformal"] else 0)
+    assert counts[1] - counts[0] - strangers == kept  # to fit what follows
+    assert transfer("evaluate", str(shown.run)).code == 0
 
 
 @pytest.mark.parametrize("conformal", ["split", "weighted"])
