@@ -384,5 +384,5 @@ def test_what_is_no_small_problem_in_its_span() -> None:
 
 def test_a_whole_covariance_that_would_be_too_large_is_refused() -> None:
     task, _ = shifted_classes(width=600, classes=10, granted=20)
-    with pytest.raises(TransferError, match="too large: set method.covariance=boehning"):
+    with pytest.raises(TransferError, match=r"too large: set method\.covariance=boehning"):
         BayesHead(context(600, 10, has_target_labels=True), covariance="laplace").fit(task)

@@ -2,8 +2,8 @@
 
     f(W) = Σ_i CE(W z_i, y_i) + ½ tr((W - M) Q (W - M)ᵀ)        W (K, D),  Q = L Lᵀ,  L⁻¹ Zᵀ = O R,  G = L⁻ᵀ O  (D, r)
 
-Only what W does to samples moves it away from M (representer theorem), so W = M + (W' - M') Gᵀ with W', M' = M L O of `(K, r)`, samples
-Gᵀ z and the prior I. In the directions that no sample has, the posterior is the prior:
+Only what W does to samples moves it away from M (representer theorem), so W = M + (W' - M') Gᵀ with W', M' = M L O of `(K, r)`,
+samples Gᵀ z and the prior I. In the directions that no sample has, the posterior is the prior:
 
     covariance between classes of S' in the span  →  Q⁻¹ + G (S' - I) Gᵀ
 """
