@@ -176,8 +176,11 @@ def poor(case: str, task: FeatureTask) -> FeatureTask:
         return FeatureTask(source, None, Features(few.x[:n], few.y[:n]))
     if case == "twins":
         again = torch.arange(len(few.x)) % 5
-        return FeatureTask(Features(source.x[:20].repeat(3, 1), source.y[:20].repeat(3, *source.y.shape[1:])), None,
-                           Features(few.x[again], few.y[again]))
+        return FeatureTask(
+            Features(source.x[:20].repeat(3, 1), source.y[:20].repeat(3, *source.y.shape[1:])),
+            None,
+            Features(few.x[again], few.y[again]),
+        )
     if case == "constant column":
         return changed(task, lambda x: torch.cat([x[:, :-1], torch.full_like(x[:, :1], 7e5)], 1))
     if case == "constant targets":
@@ -189,7 +192,9 @@ def poor(case: str, task: FeatureTask) -> FeatureTask:
     return FeatureTask(Features(source.x[:6], source.y[:6]), None, Features(few.x[:3], few.y[:3]))
 
 
-@pytest.mark.parametrize("case", ["one label", "twins", "constant column", "constant targets", "a class absent", "few points"])
+@pytest.mark.parametrize(
+    "case", ["one label", "twins", "constant column", "constant targets", "a class absent", "few points"]
+)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_poor_labelled_features(name: str, case: str) -> None:
     task, test = classes_of(width=40 if case == "few points" else 4)
@@ -214,3 +219,81 @@ def test_a_source_of_one_class_or_none_that_varies_is_refused_or_learnt() -> Non
     for name in CLASSIFIERS:
         with pytest.raises(TransferError, match="no spread within its classes"):
             classifier(name, flat)
+
+
+# --- as a user --------------------------------------------------------------------------------------
+
+BAYESIAN = ["laplace", "swag", "source_prior", "ensemble", "mc_dropout", "vbll"]
+NETWORKS = [*BAYESIAN, *(f"finetune optimizer={name}" for name in ("sam", "lbfgs", "newton"))]
+
+
+def tables(folder: Path, kind: str, factor: float = 1.0, bad: tuple[int, int, Any] | None = None) -> list[str]:
+    """A source's and a target's file, and what chooses them on the command line."""
+    options: list[str] = []
+    for domain, seed in (("source", 0), ("target", 1)):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(40, 3)) + 0.2 * seed
+        classes = np.arange(40) % 2
+        x[:, 0] += 3 * classes
+        y = [*("ab"[c] for c in classes)] if kind == "classification" else [*(x[:, 0] - x[:, 1])]
+        rows = [[*map(float, factor * row), label] for row, label in zip(x, y, strict=True)]
+        if bad is not None:
+            rows[bad[0]][bad[1]] = bad[2]
+        path = folder / f"{domain}.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["p", "q", "r", "y"], *rows])
+        options += [f"{domain}=table", f"{domain}.path={path}", f"{domain}.target=y", f"{domain}.kind={kind}"]
+    return [*options, "threads=1", "device=cpu", "trainer.steps=4", "trainer.batch_size=16", "target_labels=4"]
+
+
+def lines(outcome: Outcome) -> Sequence[str]:
+    return outcome.err.strip().splitlines()
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("method", NETWORKS)
+def test_networks_say_that_inputs_are_out_of_scale(transfer: Transfer, tmp_path: Path, method: str, kind: str) -> None:
+    """They learn, or end in a line; and they learn once the table is standardised."""
+    options = [*tables(tmp_path, kind, 1e8), "backbone=mlp", *f"method={method}".split()]
+    shown = transfer("run", *options)
+    assert "inputs reach" in shown.out + shown.err and "standardise=true" in shown.out
+    assert shown.code == 0 or (shown.code == 2 and len(lines(shown)) == 1 and "became" in lines(shown)[0])
+    if method in NETWORKS[:1]:
+        mended = transfer("run", *options, "source.standardise=true", "target.standardise=true")
+        assert mended.code == 0 and "inputs reach" not in mended.out
+        result = json.loads((mended.run / "result.json").read_text())["metrics"]["target_test"]
+        assert np.isfinite(list(result.values())).all()
+
+
+@pytest.mark.parametrize("method", ["gp", "laplace"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [((3, 1, "hello"), "hello"), ((3, 1, ""), "missing"), ((3, 3, ""), "missing"), ((3, 1, "inf"), "inf")],
+)
+def test_cells_that_are_no_numbers(
+    transfer: Transfer, tmp_path: Path, method: str, bad: tuple[int, int, Any], message: str
+) -> None:
+    shown = transfer("run", *tables(tmp_path, "regression", bad=bad), "backbone=mlp", *f"method={method}".split())
+    assert shown.code == 2 and len(lines(shown)) == 1 and message in shown.err.lower(), shown.err
+
+
+@pytest.mark.parametrize(
+    "keys", [["calibration=ts"], ["calibration=ts_map", "conformal=target"], ["calibration=vector"]]
+)
+@pytest.mark.parametrize("labels", [1, 2])
+def test_few_labels_for_calibration(transfer: Transfer, tmp_path: Path, keys: list[str], labels: int) -> None:
+    """Of one or two labels a class: fitted, or refused in a line that says how many are needed."""
+    options = [
+        *tables(tmp_path, "classification"),
+        "backbone=identity",
+        "method=coral",
+        *keys,
+        f"target_labels={labels}",
+    ]
+    shown = transfer("run", *options)
+    if shown.code:
+        assert shown.code == 2 and len(lines(shown)) == 1 and "set " in shown.err
+        return
+    found = json.loads((shown.run / "result.json").read_text())
+    least = 0.005 if keys == ["calibration=ts"] else 0.1  # without a prior, labels that are all right are believed
+    assert least < found["calibration"]["temperature"] < 10

@@ -105,8 +105,8 @@ class LastLayerLaplace(Supervised):
             factors, choice = (Update(f, moves=[]) for f in (self.add_curvature, self.add_left_out))
             return [
                 self.train_phase(),
-                Gradient("curvature", [factors], self.steps, parts=self.parts),
-                ClosedForm("laplace", self.decompose, parts=()),
+                Gradient("curvature", [factors], self.steps, parts=self.parts, predicts=False),
+                ClosedForm("laplace", self.decompose, parts=(), predicts=False),
                 Gradient("temperature", [choice], self.steps, parts=self.parts),
             ]
         return [self.train_phase(), ClosedForm("laplace", self.fit, parts=self.parts)]
