@@ -213,13 +213,15 @@ def test_regression_has_the_variance_of_its_linearised_outputs() -> None:
     trained(method, Batch(Labelled(x, y), None, None))
     found = method.predict(x[:7])
     logits, covariance = method.curvature.outputs(x[:7], "target", torch.tensor(0.5))  # type: ignore[union-attr]
+    assert found.mean is not None and found.variance is not None and found.epistemic is not None
     torch.testing.assert_close(found.epistemic, 16 * covariance[:, 0])
     torch.testing.assert_close(found.mean.double(), 10 + 4 * logits, rtol=1e-5, atol=1e-5)
     noise = float(method.network.log_noise.exp())
     torch.testing.assert_close(
         found.variance - found.epistemic, torch.full((7, 1), 16 * noise).double(), rtol=1e-5, atol=0
     )
-    assert float(method.predict(x + 20).epistemic.mean()) > float(found.epistemic.mean())
+    away = method.predict(x + 20).epistemic
+    assert away is not None and float(away.mean()) > float(found.epistemic.mean())
     for wrong in ({"covariance": "full"}, {"curvature_steps": 0}):
         with pytest.raises(ValueError, match="layers=all has covariance=kronecker"):
             LastLayerLaplace(context(mlp(), classes=3), layers="all", **wrong)

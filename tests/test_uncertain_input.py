@@ -90,7 +90,7 @@ def classifier(name: str, task: FeatureTask) -> FeatureMethod:
     kind, keys = CLASSIFIERS[name]
     assert task.source is not None
     width = task.source.x.shape[1]
-    names = {"class_names": ("a", "b", "c"), "fingerprint": lambda: "as it is"}
+    names: dict[str, Any] = {"class_names": ("a", "b", "c"), "fingerprint": lambda: "as it is"}
     changes: dict[str, Any] = {"has_target_labels": task.target_labelled is not None, **names}
     if name == "prior=":
         first = SourcePosteriorHead(context(width, **names))
@@ -170,7 +170,7 @@ def as_poor(case: str, test: Features, task: FeatureTask) -> Features:
 def poor(case: str, task: FeatureTask) -> FeatureTask:
     assert task.source is not None and task.source.y is not None and task.target_labelled is not None
     source, few = task.source, task.target_labelled
-    assert few.y is not None
+    assert few.y is not None and source.y is not None
     if case == "one label":
         n = 3 if few.y.ndim == 1 else 1
         return FeatureTask(source, None, Features(few.x[:n], few.y[:n]))

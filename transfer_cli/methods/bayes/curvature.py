@@ -32,7 +32,7 @@ class Curvature(nn.Module):
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        found = [layer for layer in network.modules() if is_factored(layer)]
+        found: list[Any] = [layer for layer in network.modules() if is_factored(layer)]
         self._looked_at = (network, found)  # in a tuple, so that they are no modules of this one
         sizes = [(width_of(layer), len(layer.weight)) for layer in found]
         if sum(a * a + g * g for a, g in sizes) > MOST:
@@ -99,13 +99,13 @@ class Curvature(nn.Module):
 
     def parts(self, x: Any) -> Sequence[Any]:
         """Of a batch, small enough for their Jacobians to be held at once."""
-        network, layers = self._looked_at
-        size = network.head.out_features * sum(width_of(layer) * len(layer.weight) for layer in layers)
+        network = self._looked_at[0]
+        size = network.head.out_features * sum(width_of(layer) * len(layer.weight) for layer in self.layers)
         return x.split(max(1, NUMBERS // size)) if isinstance(x, Tensor) else [x]
 
     def look(self, x: Any, domain: str) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Logits, float64, and inputs `(B, D, T)` and outputs of each layer, in evaluation mode."""
-        network, layers = self._looked_at
+        network, layers = self._looked_at[0], self.layers
         seen: dict[Any, tuple[Tensor, Tensor]] = {}
 
         def note(layer: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -144,14 +144,12 @@ def curvature_root(probs: Tensor) -> Tensor:
     return torch.diag_embed(half) - probs[:, :, None] * half[:, None, :]
 
 
-def is_factored(layer: nn.Module) -> bool:
-    plain = isinstance(layer, nn.Linear) or (
-        isinstance(layer, nn.Conv2d)
-        and layer.groups == 1
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-    )
-    return plain and layer.weight.requires_grad  # type: ignore[union-attr]
+def is_factored(layer: Any) -> bool:
+    if isinstance(layer, nn.Conv2d) and (
+        layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
+        return False
+    return isinstance(layer, nn.Linear | nn.Conv2d) and bool(layer.weight.requires_grad)
 
 
 def width_of(layer: Any) -> int:
