@@ -359,6 +359,41 @@ def test_every_calibration_beside_every_kind_of_sets(transfer: Transfer, calibra
     assert result["calibration"]["labels"] == half
 
 
+@pytest.mark.parametrize("method", ["niw_lda", "dirichlet_gp", "coral"])
+def test_strangers_among_features(transfer: Transfer, tmp_path: Path, method: str) -> None:
+    """Of files of features: more of the target's own are no strangers; a cloud between the classes and far off them is."""
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 3
+
+    def cloud() -> Any:
+        return 4 * np.eye(3, 5)[y] + rng.normal(size=(120, 5))
+
+    for name, x in (
+        ("source", cloud()),
+        ("target", cloud()),
+        ("more", cloud()),
+        ("strange", 20 * rng.normal(size=(120, 5))),
+    ):
+        np.savez(tmp_path / f"{name}.npz", x=x.astype(np.float32), y=y)
+    arrays = ["source=arrays", "target=arrays"]
+    paths = [f"{domain}.path={tmp_path / domain}.npz" for domain in ("source", "target")]
+    own = ["backbone=identity", f"method={method}", "target_labels=5", "threads=1", "device=cpu", "ood=arrays"]
+    found = {}
+    for name in ("more", "strange"):
+        shown = transfer("run", *arrays, *paths, *own, f"ood.path={tmp_path / name}.npz")
+        assert shown.code == 0, shown.err
+        found[name] = sets_of(shown.run)["metrics"]["ood"]["auroc"]
+    assert abs(found["more"] - 0.5) < 0.15
+    assert found["strange"] > 0.7 if method == "dirichlet_gp" else np.isfinite(found["strange"])
+
+
+def test_strangers_to_extracted_features(transfer: Transfer) -> None:
+    """Images of a third data set go through the backbone whose features of the others were kept."""
+    shown = transfer("run", *SMALL, "method=niw_lda", "target_labels=5", "ood=digits")  # the target itself
+    assert shown.code == 0, shown.err
+    assert abs(sets_of(shown.run)["metrics"]["ood"]["auroc"] - 0.5) < 0.1
+
+
 def test_bounds_that_are_none_are_null_in_json() -> None:
     endless = torch.tensor([[math.inf]])
     prediction = Prediction(mean=torch.zeros(1, 1), variance=torch.ones(1, 1), lower=-endless, upper=endless)
