@@ -1,10 +1,11 @@
 """Uncertainty of transfer on few labels: Gaussian processes, a head with a source's prior, calibration under a shift, real pairs.
 
-    python benchmarks/uncertainty.py OUTPUTS [processes] [classification] [real] > table.md
+    python benchmarks/uncertainty.py OUTPUTS [processes] [classification] [real] [sequences] [priors] > table.md
 
-Every figure is the mean over ten values of `data_seed` (of `seed` too where a network is trained; five for the real pairs) with its
-standard error. RMSE, CRPS and widths are in standard deviations of the target test labels, those of Friedman's functions in their
-own unit. Finished runs are found again, so a second start prints the tables. `real` reads the data folder, the others need none.
+Every figure is the mean over ten values of `data_seed` (of `seed` too where a network is trained; five for the real pairs, three for
+sequences and priors) with its standard error. RMSE, CRPS and widths are in standard deviations of the target test labels, those of
+Friedman's functions in their own unit. Finished runs are found again, so a second start prints the tables. `real` and `sequences` read
+the data folder, the others need none.
 """
 
 from __future__ import annotations
@@ -192,7 +193,68 @@ def real(outputs: Path) -> None:
         row("heart", method, [result["metrics"]["target_test"] for result in runs if result["method"] == method])
 
 
-SECTIONS = {"processes": processes, "classification": classification, "real": real}
+def sequences(outputs: Path) -> None:
+    few = ("backbone=identity", "subset.source=1500", "subset.test=2000", draws(3))
+    methods = ("no_adaptation", "niw_lda", "dirichlet_gp")
+    strings = domains("promoters", "mouse", "arabidopsis")
+    transfer(outputs, *strings, *few, "target_labels=10", f"method={','.join(methods)}")
+    svgp = (
+        "method=svgp",
+        "method.features=frozen",
+        "trainer.steps=500",
+        "trainer.batch_size=16",
+        "trainer.eval_every=500",
+    )
+    transfer(outputs, *domains("gb1", "single", "rest"), *few, "target_labels=50", *svgp)
+    runs = finished(outputs)
+    table("Promoters, mouse → Arabidopsis, 10 labels a class", runs, "promoters_arabidopsis", methods)
+    print("\n## GB1, single → more mutations, 50 labels\n")
+    print("| | RMSE | NLL | CRPS | 95 % coverage | width |", "|---|---|---|---|---|---|", sep="\n")
+    chosen = [run for run in runs if run.result["target"] == "gb1_rest" and run.result["method"] == "svgp"]
+    scaled = [(run.result["metrics"]["target_test"], deviation(run)) for run in chosen]
+    columns = [
+        told(m["rmse"] / s for m, s in scaled),
+        told(m["nll"] - math.log(s) for m, s in scaled),
+        told(m["crps"] / s for m, s in scaled),
+        told(m["coverage_95"] for m, _ in scaled),
+        told(m["width_95"] / s for m, s in scaled),
+    ]
+    print(f"| `svgp` | {' | '.join(columns)} |")
+
+
+def priors(outputs: Path) -> None:
+    """A prior of the whole backbone from its training on the source, beside two that know less."""
+    methods = ("finetune", "l2_sp", "source_prior")
+    new = (f"subset.source_classes={classes(0, 5)}", f"subset.target_classes={classes(5, 10)}", "label_space=separate")
+    small = ("backbone.widths=[8,16]", "backbone.features=32", "trainer.steps=300")
+    moons = ("source=two_moons", "target=two_moons", "target.angle=40", "backbone=mlp", "trainer.steps=300")
+    for seed in range(3):
+        own = (f"method={','.join(methods)}", f"seed={seed}", f"data_seed={seed}")
+        transfer(outputs, "source=digits", "target=digits", *new, *small, "target_labels=5", *own)
+        transfer(outputs, *moons, "target_labels=3", *own)
+    runs = finished(outputs)
+    small_ones = [run for run in runs if run.config["backbone"].get("widths") == [8, 16]]
+    table("Digits 0-4 → 5-9, 5 labels a class, a small network", small_ones, "digits", methods)
+    table("Two moons → turned by 40°, 3 labels a class", runs, "two_moons", methods)
+
+
+def table(title: str, runs: Sequence[Run], target: str, methods: Sequence[str]) -> None:
+    print(f"\n## {title}\n")
+    print("| task | | accuracy | NLL | ECE |", "|---|---|---|---|---|", sep="\n")
+    for method in methods:
+        found = [
+            run.result for run in runs if run.result["method"] == method and run.result["target"].startswith(target)
+        ]
+        row(target.split("_")[0], method, [result["metrics"]["target_test"] for result in found])
+
+
+SECTIONS = {
+    "processes": processes,
+    "classification": classification,
+    "real": real,
+    "sequences": sequences,
+    "priors": priors,
+}
 
 if __name__ == "__main__":
     for section in sys.argv[2:] or SECTIONS:

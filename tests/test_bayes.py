@@ -10,15 +10,16 @@ import torch
 from scipy.stats import multivariate_t
 from torch import Tensor
 
-from tests.feature_tasks import context
+from tests.feature_tasks import context, shifted_classes
 from transfer_cli.errors import TransferError
-from transfer_cli.methods.bayes.bayes_head import BayesHead, Posterior, normal_draws
+from transfer_cli.methods.bayes.bayes_head import BayesHead, Posterior, bounded, left_out, normal_draws, with_prior
 from transfer_cli.methods.bayes.niw_lda import NIWLDA
-from transfer_cli.methods.bayes.source_head import BIAS, penalties, whitened
+from transfer_cli.methods.bayes.source_head import BIAS, bound_between, penalties, whitened
 from transfer_cli.methods.bayes.summary import Summary
 from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.niw import NIW, log_evidence
 from transfer_cli.methods.math.softmax import Precision, Softmax
+from transfer_cli.methods.math.span import Span, centred_block
 from transfer_cli.methods.phases import Features, FeatureTask
 
 
@@ -320,3 +321,68 @@ def test_samples_that_are_all_right_when_left_out_do_not_make_predictions_certai
     assert 0.1 < told["temperature"] <= 1
     between = 0.5 * (means[:1] + means[1:2])
     assert float(method.predict(between).probs.max()) < 0.99
+
+
+@pytest.mark.parametrize("covariance", ["boehning", "laplace"])
+@pytest.mark.parametrize("prior", ["isotropic", "source"])
+def test_few_samples_of_many_features_are_solved_in_their_span(prior: str, covariance: Any) -> None:
+    """Optimum, covariances of logits in the span and off it, evidence and left-out losses are those of the whole problem."""
+    draw = torch.Generator().manual_seed(0)
+    width, classes = 30, 3
+    z = torch.randn(12, width, generator=draw, dtype=torch.float64)
+    z[5], z[:, -1] = z[4], 1  # twins, which span less; and the bias
+    y = torch.arange(12) % classes
+    mean = torch.randn(classes, width, generator=draw, dtype=torch.float64)
+    mean = mean - mean.mean(0)
+    source = torch.randn(200, width, generator=draw, dtype=torch.float64)
+    none = torch.zeros_like(mean)
+    sharp = Precision(none, kron=(bound_between(classes, mean), source.T @ source) if prior == "source" else None)
+    problem = with_prior(Softmax(z, y, torch.ones(12, dtype=torch.float64), mean, sharp), sharp, 0.3, 0.1)
+    span = Span.of(problem)
+    assert span is not None and span.problem.x.shape == (12, 12)
+    method = BayesHead(context(width - 1, classes, has_target_labels=True), covariance=covariance)
+    found, w = method.posterior(problem), problem.minimise(tolerance=1e-10)
+    torch.testing.assert_close(found.mean, w, rtol=0, atol=1e-6)
+    torch.testing.assert_close(problem.value(w), span.problem.value(span.problem.minimise()))
+    at = torch.cat([z[:4], torch.randn(4, width, generator=draw, dtype=torch.float64)])
+    if covariance == "laplace":
+        inverse = torch.linalg.inv(problem.hessian(w)).view(*w.shape, *w.shape)
+        whole = Posterior(w, inverse)
+    else:  # of a precision that between classes is I times the block
+        block = 0.5 * z.T @ z + 0.3 * torch.eye(width, dtype=torch.float64)
+        block[-1, -1] += 0.01 - 0.3
+        block = block + (0.05 * source.T @ source if prior == "source" else 0)
+        whole = Posterior(w, torch.linalg.inv(block))
+    spreads = [p.spread(at) @ p.spread(at).mT for p in (found, whole)]
+    torch.testing.assert_close(*spreads, rtol=1e-6, atol=1e-8)
+    assert method.log_evidence(span.problem) == pytest.approx(method.log_evidence(problem), rel=1e-8)
+    folds = torch.arange(12) % 2
+    here = method.held_out(span.problem, folds)
+    assert here == pytest.approx(left_out(problem, folds, lambda p: wholly(p, covariance), list(here), 64), rel=1e-5)
+
+
+def wholly(problem: Softmax, covariance: str) -> Posterior:
+    w = problem.minimise(tolerance=1e-10)
+    if covariance == "boehning":
+        return bounded(problem, w)
+    return Posterior(w, torch.linalg.inv(problem.hessian(w)).view(*w.shape, *w.shape))
+
+
+def test_what_is_no_small_problem_in_its_span() -> None:
+    """As many samples as features, or priors that differ between the classes."""
+    x, y = torch.randn(6, 9, dtype=torch.float64), torch.arange(6) % 3
+    ones, zero = torch.ones(6, dtype=torch.float64), torch.zeros(3, 9, dtype=torch.float64)
+    even = Precision(zero + 1)
+    assert Span.of(Softmax(x, y, ones, zero, even)) is not None
+    assert Span.of(Softmax(x[:, :6], y, ones, zero[:, :6], Precision(zero[:, :6] + 1))) is None
+    uneven = Precision(torch.rand(3, 9, dtype=torch.float64) + 1)
+    assert Span.of(Softmax(x, y, ones, zero, uneven)) is None
+    assert centred_block(Precision(zero + 1, full=torch.eye(27, dtype=torch.float64))) is None
+    between = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    assert centred_block(Precision(zero + 1, kron=(between, x.T @ x))) is None
+
+
+def test_a_whole_covariance_that_would_be_too_large_is_refused() -> None:
+    task, _ = shifted_classes(width=600, classes=10, granted=20)
+    with pytest.raises(TransferError, match=r"too large: set method\.covariance=boehning"):
+        BayesHead(context(600, 10, has_target_labels=True), covariance="laplace").fit(task)

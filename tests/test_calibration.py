@@ -25,6 +25,7 @@ from transfer_cli.evaluation.calibration import Calibration, LabelledPrediction,
 from transfer_cli.evaluation.conformal import fewest, fit_conformal, fit_density_ratio
 from transfer_cli.evaluation.metrics import area_under_risk_coverage, final_score, out_of_distribution
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.methods.feature_method import FeatureMethod
 
 Transfer = Callable[..., Outcome]
 
@@ -308,6 +309,34 @@ def test_a_calibrated_run_from_training_to_new_samples(transfer: Transfer) -> No
     assert "calibration.pt is missing" in transfer("predict", str(shown.run), "--dataset", "digits").err
 
 
+@pytest.mark.parametrize("conformal", ["none", "split", "weighted"])
+def test_a_calibrated_run_predicts_its_test_sets_once(
+    transfer: Transfer, monkeypatch: pytest.MonkeyPatch, conformal: str
+) -> None:
+    """And its figures are those of the recalibrated model asked from the start."""
+    asked: list[int] = []
+    for name in ("predict", "predict_source"):
+        plain = getattr(FeatureMethod, name)
+
+        def counted(self: Any, x: Any, plain: Any = plain) -> Prediction:
+            asked.append(len((found := plain(self, x)).labels))
+            return found
+
+        monkeypatch.setattr(FeatureMethod, name, counted)
+    kinds = ["calibration=ts", f"conformal={conformal}", "conformal_level=0.5", "ood=digits"]
+    counts = []
+    for options in ([], kinds):
+        asked.clear()
+        shown = transfer("run", *SMALL, "method=coral", "split.validation=0.3", *options)
+        assert shown.code == 0, shown.err
+        counts.append(sum(asked))
+    strangers = 200  # subset.test of those
+    result = sets_of(shown.run)
+    kept = result["calibration"]["labels"] + (result["conformal"]["labels"] if result["conformal"] else 0)
+    assert counts[1] - counts[0] - strangers == kept  # to fit what follows
+    assert transfer("evaluate", str(shown.run)).code == 0
+
+
 @pytest.mark.parametrize("conformal", ["split", "weighted"])
 def test_sets_from_the_source_s_scores(transfer: Transfer, conformal: str) -> None:
     shown = transfer("run", *SMALL, "method=coral", f"conformal={conformal}", "calibration=ts", "split.validation=0.3")
@@ -328,6 +357,41 @@ def test_every_calibration_beside_every_kind_of_sets(transfer: Transfer, calibra
     assert result["calibration"]["domain"] == "target"
     half = 15 if conformal == "target" else 30  # what both would use is halved
     assert result["calibration"]["labels"] == half
+
+
+@pytest.mark.parametrize("method", ["niw_lda", "dirichlet_gp", "coral"])
+def test_strangers_among_features(transfer: Transfer, tmp_path: Path, method: str) -> None:
+    """Of files of features: more of the target's own are no strangers; a cloud between the classes and far off them is."""
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 3
+
+    def cloud() -> Any:
+        return 4 * np.eye(3, 5)[y] + rng.normal(size=(120, 5))
+
+    for name, x in (
+        ("source", cloud()),
+        ("target", cloud()),
+        ("more", cloud()),
+        ("strange", 20 * rng.normal(size=(120, 5))),
+    ):
+        np.savez(tmp_path / f"{name}.npz", x=x.astype(np.float32), y=y)
+    arrays = ["source=arrays", "target=arrays"]
+    paths = [f"{domain}.path={tmp_path / domain}.npz" for domain in ("source", "target")]
+    own = ["backbone=identity", f"method={method}", "target_labels=5", "threads=1", "device=cpu", "ood=arrays"]
+    found = {}
+    for name in ("more", "strange"):
+        shown = transfer("run", *arrays, *paths, *own, f"ood.path={tmp_path / name}.npz")
+        assert shown.code == 0, shown.err
+        found[name] = sets_of(shown.run)["metrics"]["ood"]["auroc"]
+    assert abs(found["more"] - 0.5) < 0.15
+    assert found["strange"] > 0.7 if method == "dirichlet_gp" else np.isfinite(found["strange"])
+
+
+def test_strangers_to_extracted_features(transfer: Transfer) -> None:
+    """Images of a third data set go through the backbone whose features of the others were kept."""
+    shown = transfer("run", *SMALL, "method=niw_lda", "target_labels=5", "ood=digits")  # the target itself
+    assert shown.code == 0, shown.err
+    assert abs(sets_of(shown.run)["metrics"]["ood"]["auroc"] - 0.5) < 0.1
 
 
 def test_bounds_that_are_none_are_null_in_json() -> None:

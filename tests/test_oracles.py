@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import transfer_cli.torchvision_compat  # noqa: F401 - they import torchvision too
 from transfer_cli.evaluation.metrics import classification, out_of_distribution
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.methods.bayes.curvature import Curvature
 from transfer_cli.methods.math.softmax import Precision, Softmax
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -63,3 +64,32 @@ def test_the_laplace_approximation_of_a_head_is_that_of_laplace_torch() -> None:
     dets = [torch.linalg.slogdet(m).logabsdet for m in (problem.precision.dense(), problem.hessian(w))]
     ours = -problem.value(w) + 0.5 * float(dets[0] - dets[1])
     assert ours == pytest.approx(float(theirs.log_marginal_likelihood()), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolutions"])
+def test_kronecker_factors_of_all_layers_are_those_of_laplace_torch(kind: str) -> None:
+    """Variances of linearised logits. Without biases, whose factors laplace-torch keeps apart from the weights'."""
+    laplace = pytest.importorskip("laplace")
+    from test_curvature import Small
+
+    torch.manual_seed(0)
+    nn = torch.nn
+    below = {
+        "linear": [nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.Tanh()],
+        "convolutions": [nn.Conv2d(1, 3, 3, padding=1, bias=False), nn.Tanh(), nn.Flatten()],
+    }[kind]
+    network = Small(*below, width={"linear": 5, "convolutions": 27}[kind], bias=False).double()
+    x = torch.randn(20, *{"linear": (4,), "convolutions": (1, 3, 3)}[kind]).double()
+    y, lam = torch.arange(20) % 3, 0.4
+    curvature = Curvature(network)  # type: ignore[arg-type]
+    curvature.add(x, "target", 1.0)
+    curvature.decompose()
+    logits, ours = curvature.outputs(x[:7], "target", torch.tensor(lam))
+    plain = nn.Sequential(*below, network.head)
+    theirs = laplace.Laplace(
+        plain, "classification", subset_of_weights="all", hessian_structure="kron", prior_precision=lam
+    )
+    theirs.fit(DataLoader(TensorDataset(x, y), batch_size=20))
+    mean, covariance = theirs._glm_predictive_distribution(x[:7])
+    torch.testing.assert_close(logits, mean.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ours, covariance.detach(), rtol=1e-4, atol=1e-6)

@@ -8,6 +8,10 @@ from torch import nn
 from transfer_cli.build import Components, Problem, pair_label
 from transfer_cli.config.identity import method_label
 from transfer_cli.config.schema import Config
+from transfer_cli.data.inputs import ArrayInputs
+from transfer_cli.methods.base import NetworkMethod
+
+FAR = 1000.0  # from one, as the largest input of all
 
 
 def opening_lines(
@@ -36,7 +40,24 @@ def opening_lines(
     lines.append(", ".join(counts))
     if named:
         lines += [f"classes: {space.overlap()}", *_not_made_for(space.setting, components)]
-    return [*lines, *problem.notes]
+    return [*lines, *problem.notes, *_out_of_scale(problem, method)]
+
+
+def _out_of_scale(problem: Problem, method: nn.Module) -> list[str]:
+    """A word on vectors that a network, unlike what is standardised by the method, cannot learn from."""
+    if not isinstance(method, NetworkMethod):
+        return []
+    parts = [problem.task.source, problem.task.target_unlabelled]
+    inputs = [part.inputs for part in parts if part is not None]
+    values = [i.values for i in inputs if isinstance(i, ArrayInputs) and i.spec.kind == "vector" and len(i)]
+    if not values:
+        return []
+    largest = max(float(v.abs().max()) for v in values)
+    if 1 / FAR < largest < FAR:
+        return []
+    return [
+        f"inputs reach {largest:.1g}: networks learn from values of about one. A table's standardise=true brings them there."
+    ]
 
 
 def _not_made_for(setting: str, components: Components) -> list[str]:

@@ -119,10 +119,12 @@ def write_result(
     """
     fitted, began = session.clock.seconds(), time.perf_counter()
     evaluator, monitor, task = session.monitor.evaluator, session.monitor, session.task
-    metrics, validators, arrays = evaluator.final(model)
+    plain = evaluator.predictions(session.method)
+    validators = evaluator.scores(plain)
+    metrics, arrays = evaluator.figures(model.finish_all(evaluator, plain))
     if model.calibration is not None:
-        found["calibration"]["before"], validators, plain = evaluator.final(session.method)
-        arrays |= {f"{name}_before": value for name, value in plain.items() if name.endswith(("_probs", "_variance"))}
+        found["calibration"]["before"], others = evaluator.figures(plain)
+        arrays |= {f"{name}_before": value for name, value in others.items() if name.endswith(("_probs", "_variance"))}
     if model.calibration is not None or model.conformal is not None:
         write_atomically(folder.calibration, serialise(model.state()))
     features, examples = evaluator.samples(model)

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     components = resolve_components(config)
     model, _ = rebuild_model(folder, config, components, device)
     problem = pose_problem(config, components)
-    metrics, _, _ = make_evaluator(config, problem.task, problem.heldout, device).final(model)
+    evaluator = make_evaluator(config, problem.task, problem.heldout, device)
+    metrics, _ = evaluator.figures(evaluator.predictions(model))
 
     for line in result_lines({**recorded, "metrics": metrics}, folder.path):
         print(line)

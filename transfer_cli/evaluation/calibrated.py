@@ -6,7 +6,9 @@ would use the same samples, each gets half of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,18 +37,27 @@ class Calibrated:
     conformal: Conformal | None = None
 
     def predict(self, x: Any) -> Prediction:
-        return self._finish(self.model.predict(x), self.model.features, x)
+        return self.finish(self.model.predict(x), lambda: self.model.features(x).cpu())
 
     def predict_source(self, x: Any) -> Prediction:
-        return self._finish(self.model.predict_source(x), self.model.features_source, x)
+        return self.finish(self.model.predict_source(x), lambda: self.model.features_source(x).cpu())
 
-    def _finish(self, prediction: Prediction, features: Any, x: Any) -> Prediction:
+    def finish(self, prediction: Prediction, features: Callable[[], Tensor]) -> Prediction:
+        """What the model predicts, recalibrated; `features` `(B, D)` of the same samples are asked for where sets need them."""
         prediction = prediction.cpu()  # where float64 is sure to be
         if self.calibration is not None:
             prediction = self.calibration(prediction)
         if self.conformal is not None:
-            prediction = self.conformal(prediction, None if self.conformal.ratio is None else features(x).cpu())
+            prediction = self.conformal(prediction, None if self.conformal.ratio is None else features())
         return prediction
+
+    def finish_all(self, evaluator: Evaluator, found: Mapping[str, Prediction]) -> dict[str, Prediction]:
+        """The model's `predictions` by the evaluator, recalibrated without predicting again."""
+        parts = evaluator.parts()
+        return {
+            name: self.finish(prediction, partial(evaluator.features, self.model, *parts[name]))
+            for name, prediction in found.items()
+        }
 
     def features(self, x: Any) -> Tensor:
         return self.model.features(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from transfer_cli.run_folder import HEADLINE
 SAMPLE = 500  # samples a domain whose features are kept for the report
 EXAMPLES = 64  # samples a domain whose inputs are kept
 PICTURED = 16  # samples a domain that a method may make pictures of
+VALIDATION = ("target_validation", "source_validation")  # what validators look at
 NORMED = 128  # samples a domain whose features' norm is watched: a mean needs no more
 
 
@@ -87,8 +88,10 @@ class Evaluator:
 
     def look(self, method: Predictor) -> Look:
         """Every validator's score, and the figures on the target test set (for the record and the oracle alone)."""
-        view, test = self._view(method), self.predict(method, self.heldout.target_test.inputs)
-        return replace(self._look(view, test), health={**prediction_health(view), **self._feature_norms(method)})
+        found = self.predictions(method, ("target_test", *VALIDATION))
+        view = self._view(found)
+        look = self._look(view, found["target_test"])
+        return replace(look, health={**prediction_health(view), **self._feature_norms(method)})
 
     def _look(self, view: View, test: Prediction) -> Look:
         scores = {n: v(view) for n, v in self.validators.items() if n not in VALIDATORS or applicable(view, n)}
@@ -112,31 +115,57 @@ class Evaluator:
                 norms[f"feature_norm_{domain}"] = float(features.double().norm(dim=1).mean())
         return norms
 
-    def _view(self, method: Predictor) -> View:
-        target = self.predict(method, self.task.target_validation.inputs)
-        part = self.task.source_validation
-        if part is None or not self.task.source_labels_fit_head:
+    def _view(self, found: Mapping[str, Prediction]) -> View:
+        target, source = found["target_validation"], found.get("source_validation")
+        if source is None:
             return View(self.task.kind, None, None, target)
-        return View(self.task.kind, self.predict(method, part.inputs, "source"), part.labels, target)
+        assert self.task.source_validation is not None
+        return View(self.task.kind, source, self.task.source_validation.labels, target)
 
-    def final(self, method: Predictor) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
-        """Metrics by split, validators' scores, and arrays for predictions.npz."""
+    def parts(self) -> dict[str, tuple[Inputs, str]]:
+        """What the final figures are of: the inputs, and the domain that they are predicted as."""
+        task, heldout = self.task, self.heldout
+        known = task.source_labels_fit_head
+        found = {
+            "target_test": (heldout.target_test.inputs, "target"),
+            "source_test": (heldout.source_test.inputs, "source")
+            if heldout.source_test is not None and known
+            else None,
+            "ood": (heldout.ood.inputs, "target") if heldout.ood is not None else None,
+            "target_validation": (task.target_validation.inputs, "target"),
+            "source_validation": (task.source_validation.inputs, "source")
+            if task.source_validation is not None and known
+            else None,
+        }
+        return {name: part for name, part in found.items() if part is not None}
+
+    def predictions(self, method: Predictor, names: Sequence[str] | None = None) -> dict[str, Prediction]:
+        """Of the `parts`, or of those named that are there."""
+        parts = self.parts()
+        return {
+            name: self.predict(method, *parts[name]) for name in (parts if names is None else names) if name in parts
+        }
+
+    def figures(self, found: Mapping[str, Prediction]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metrics by split, and arrays for predictions.npz."""
         metrics: dict[str, Any] = {"source_test": None}
         arrays: dict[str, Any] = {}
-        parts = {"target_test": self.heldout.target_test}
-        if self.heldout.source_test is not None and self.task.source_labels_fit_head:
-            parts["source_test"] = self.heldout.source_test
-        for split, part in parts.items():
-            prediction = self.predict(method, part.inputs, split.removesuffix("_test"))
+        for split in ("target_test", "source_test"):
+            if split not in found:
+                continue
+            part = self.heldout.target_test if split == "target_test" else self.heldout.source_test
+            assert part is not None
             known = self.known if split == "target_test" else None
-            metrics[split] = score(self.task.kind, prediction, part.labels, known)
-            metrics[split] |= final_score(prediction, part.labels)
-            arrays.update(_arrays(split, prediction, part.labels, part.ids))
-            if split == "target_test":
-                validators = self._look(self._view(method), prediction).validators
-                if self.heldout.ood is not None:
-                    metrics["ood"] = out_of_distribution(prediction, self.predict(method, self.heldout.ood.inputs))
-        return metrics, validators, arrays
+            metrics[split] = score(self.task.kind, found[split], part.labels, known)
+            metrics[split] |= final_score(found[split], part.labels)
+            arrays.update(_arrays(split, found[split], part.labels, part.ids))
+        if "ood" in found:
+            metrics["ood"] = out_of_distribution(found["target_test"], found["ood"])
+        return metrics, arrays
+
+    def scores(self, found: Mapping[str, Prediction]) -> dict[str, float]:
+        """The validators'."""
+        return self._look(self._view(found), found["target_test"]).validators
 
     def samples(self, method: Predictor) -> tuple[dict[str, Any], dict[str, Any]]:
         """Features and example inputs of the first samples of both test sets, for the report."""

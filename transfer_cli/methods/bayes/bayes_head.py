@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.base import Context, Needs
 from transfer_cli.methods.bayes.base import SourceInformed
@@ -40,10 +41,12 @@ from transfer_cli.methods.bayes.source_head import (
 from transfer_cli.methods.heads.base import Head
 from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.softmax import Precision, Softmax
+from transfer_cli.methods.math.span import Span, centred_block
 from transfer_cli.methods.phases import FeatureTask
 
 LAMBDAS = torch.logspace(-3, 3, 7, dtype=torch.float64).tolist()
 ALPHAS = torch.logspace(-3, 0, 4, dtype=torch.float64).tolist()
+FULL_MOST = 5000  # weights of a whole covariance
 TEMPERATURES = [0.0, *torch.logspace(-3, 0, 7, dtype=torch.float64).tolist()]
 
 Prior = Literal["isotropic", "l2sp", "ewc", "source"]
@@ -103,7 +106,9 @@ class BayesianHead(Head):
 
 
 class BayesHead(SourceInformed):
-    version = 2  # another solver where samples are many
+    version = (
+        3  # few samples of many features are solved in their span; there the source's bound is that of differences
+    )
     needs = Needs(source_of_any_classes=True, target_labels=True)
 
     def __init__(
@@ -138,6 +143,11 @@ class BayesHead(SourceInformed):
         summary = self.summary(task)
         half = summary.half(self.whiten)
         z = whitened(task.target_labelled.x, summary.centre, half)
+        if self.covariance == "laplace" and self.num_classes * z.shape[1] > FULL_MOST:
+            raise TransferError(
+                f"a whole covariance of {self.num_classes * z.shape[1]:,} weights is too large: set "
+                "method.covariance=boehning, or features.reduce=pca."
+            )
         if self.known is not None:
             mean, sharp = self.from_known(self.known, z.device)
         else:
@@ -181,6 +191,8 @@ class BayesHead(SourceInformed):
         best = None
         for lam, alpha in self.settings():
             here = with_prior(problem, sharp, lam, alpha)
+            span = Span.of(here)
+            here = here if span is None else span.problem
             losses = self.held_out(here, folds)
             score = -self.log_evidence(here) if self.choose == "evidence" or folds is None else min(losses.values())
             if best is None or score < best[0]:
@@ -196,6 +208,10 @@ class BayesHead(SourceInformed):
         return left_out(problem, folds, self.posterior, temperatures, self.draws)
 
     def posterior(self, problem: Softmax) -> Posterior:
+        span = Span.of(problem)
+        if span is not None:
+            found = self.posterior(span.problem)
+            return Posterior(span.weights(found.mean), span.covariance(found.covariance))
         w = problem.minimise()
         if self.covariance == "boehning":
             return bounded(problem, w)
@@ -208,7 +224,7 @@ class BayesHead(SourceInformed):
         if self.covariance == "laplace":
             dets = [torch.linalg.slogdet(m).logabsdet for m in (problem.precision.dense(), problem.hessian(w))]
             return -problem.value(w) + 0.5 * float(dets[0] - dets[1])
-        prior = problem.precision.shared()
+        prior = block_of(problem.precision)
         bound = 0.5 * (problem.x * problem.weights[:, None]).T @ problem.x + prior
         dets = [torch.linalg.slogdet(m).logabsdet for m in (prior, bound)]
         return -problem.value(w) + 0.5 * (len(w) - 1) * float(dets[0] - dets[1])
@@ -231,8 +247,14 @@ def left_out(
 
 def bounded(problem: Softmax, w: Tensor) -> Posterior:
     """At the optimum W, with Böhning's bound in the Hessian's place."""
-    bound = 0.5 * (problem.x * problem.weights[:, None]).T @ problem.x + problem.precision.shared()
+    bound = 0.5 * (problem.x * problem.weights[:, None]).T @ problem.x + block_of(problem.precision)
     return Posterior(w, torch.cholesky_inverse(torch.linalg.cholesky(bound)))
+
+
+def block_of(precision: Precision) -> Tensor:
+    """`(D, D)`, of each class; where classes differ, one that stands for them."""
+    block = centred_block(precision)
+    return precision.shared() if block is None else block
 
 
 def with_prior(problem: Softmax, sharp: Precision, lam: float, alpha: float) -> Softmax:

@@ -1,5 +1,5 @@
-"""Last-layer Laplace approximation of a trained network (MacKay 1992; Kristiadi, Hein & Hennig, ICML 2020; Daxberger et al.,
-NeurIPS 2021).
+"""Laplace approximation of a trained network, of its last layer or of all (MacKay 1992; Kristiadi, Hein & Hennig, ICML 2020;
+Daxberger et al., NeurIPS 2021).
 
     train     min_{F,W}  CE(W F(x), y)                     on all that is labelled
     laplace   p(W | data) ≈ N(Ŵ, τ (H + λ I)⁻¹)            H the Hessian of Σ CE in the head's weights, at what training left
@@ -10,6 +10,13 @@ left-out samples, `folds` times, under the head that is a Newton step without th
 Ŵ + (H₋ + λ I)⁻¹ Σ_left ∇CE (Giordano et al., AISTATS 2019). Predicted is the mean of softmax
 over `draws` of the logits, without the direction in which softmax does not move. In regression the approximation is exact for
 the head: H_t = Σ z zᵀ / σ_t² with the trained noise, and τ = 1. All but the closed form is the network's own training.
+
+`layers: all`: linear and convolutional layers have factors of their own (curvature.py), of `curvature_steps` minibatches, and
+logits are f_θ̂(x) + J(x) (θ - θ̂), N(f, C) before τ. Then a left-out sample's logits have, by the same Newton step,
+
+    C₋ = C + C S (I - Sᵀ C S)⁻¹ Sᵀ C,    f₋ = f + C₋ (p - y),    S Sᵀ = diag p - p pᵀ
+
+in which shares of a sample in its own curvature, the eigenvalues of Sᵀ C S, are at most `LEVERAGE`; as many minibatches choose τ.
 """
 
 from __future__ import annotations
@@ -24,14 +31,26 @@ from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.base import Context
 from transfer_cli.methods.bayes.bayes_head import TEMPERATURES, Posterior, left_out, normal_draws
-from transfer_cli.methods.bayes.supervised import Supervised
+from transfer_cli.methods.bayes.curvature import Curvature, curvature_root
+from transfer_cli.methods.bayes.supervised import Supervised, labelled_parts
 from transfer_cli.methods.fitted import Fitted
 from transfer_cli.methods.math.folds import folds_of
 from transfer_cli.methods.math.softmax import Precision, Softmax, data_hessian
-from transfer_cli.methods.phases import ClosedForm, FeatureTask, Phase
+from transfer_cli.methods.phases import (
+    Batch,
+    ClosedForm,
+    FeatureTask,
+    Gradient,
+    Labelled,
+    Losses,
+    Phase,
+    Progress,
+    Update,
+)
 
 LAMBDAS = torch.logspace(-4, 6, 201, dtype=torch.float64)
 FULL_MOST = 5000  # unknowns of a whole Hessian
+LEVERAGE = 0.95  # of a sample; factors that are only nearly the Hessian's could say more than 1
 
 
 @dataclass(frozen=True)
@@ -55,24 +74,41 @@ class Kronecker(Posterior):
 
 
 class LastLayerLaplace(Supervised):
+    losses_by: Tensor  # of left-out samples, by temperature
+
     def __init__(
         self,
         context: Context,
         *,
+        layers: Literal["last", "all"] = "last",
         covariance: Literal["full", "kronecker"] = "kronecker",
         lam: float | None = None,
         temperature: float | None = None,
         folds: int = 5,
         draws: int = 64,
+        curvature_steps: int = 50,
     ) -> None:
         super().__init__(context)
         if (lam is not None and lam <= 0) or (temperature is not None and temperature < 0) or folds < 2 or draws < 2:
             raise ValueError("lam is positive and temperature not negative, or null; folds and draws are at least 2")
         self.whole = covariance == "full" and context.kind == "classification"
         self.lam, self.temperature, self.folds, self.draws = lam, temperature, folds, draws
-        self.posterior = Fitted()
+        if layers == "all" and (covariance == "full" or curvature_steps < 1):
+            raise ValueError("layers=all has covariance=kronecker, and curvature_steps of at least 1")
+        self.posterior, self.labelled, self.steps = Fitted(), context.labelled, curvature_steps
+        self.curvature = Curvature(self.network) if layers == "all" else None
+        if self.curvature is not None:
+            self.register_buffer("losses_by", torch.zeros(len(TEMPERATURES) - 1, dtype=torch.float64))
 
     def phases(self) -> list[Phase]:
+        if self.curvature is not None:
+            factors, choice = (Update(f, moves=[]) for f in (self.add_curvature, self.add_left_out))
+            return [
+                self.train_phase(),
+                Gradient("curvature", [factors], self.steps, parts=self.parts, predicts=False),
+                ClosedForm("laplace", self.decompose, parts=(), predicts=False),
+                Gradient("temperature", [choice], self.steps, parts=self.parts),
+            ]
         return [self.train_phase(), ClosedForm("laplace", self.fit, parts=self.parts)]
 
     def fit(self, task: FeatureTask) -> dict[str, float]:
@@ -100,9 +136,7 @@ class LastLayerLaplace(Supervised):
         else:
             a, b = self.kronecker_factors(z, w)
             values = torch.outer(*(torch.linalg.eigvalsh(m).clamp_min(0) for m in (a, b))).flatten()
-        lams = LAMBDAS.to(w)
-        log_dets = torch.stack([torch.log1p(values / lam).sum() for lam in lams])
-        return float(lams[(-0.5 * lams * w.square().sum() - 0.5 * log_dets).argmax()])
+        return best_evidence(values, w)
 
     def kronecker_factors(self, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """A `(K, K)` and B `(D, D)`."""
@@ -134,6 +168,64 @@ class LastLayerLaplace(Supervised):
 
         return left_out(problem, folds, fit, TEMPERATURES[1:], self.draws)  # at 0 nothing would be in doubt
 
+    # --- all layers -------------------------------------------------------------------------------
+
+    def add_curvature(self, batch: Batch, progress: Progress) -> Losses:
+        assert self.curvature is not None
+        for part, domain in labelled_parts(batch):
+            self.curvature.add(part.x, domain, self.share(part, domain) / progress.steps)
+        return Losses({})
+
+    def share(self, part: Labelled, domain: str) -> float:
+        """How many labelled samples one of the minibatch stands for."""
+        n = self.labelled.get({"source": "source", "target": "target_labelled"}[domain])
+        return 1.0 if n is None else n / len(part.y)
+
+    def decompose(self, task: FeatureTask) -> dict[str, float]:
+        assert self.curvature is not None
+        values, w = self.curvature.decompose(), self.curvature.weights()
+        lam = best_evidence(values, w) if self.lam is None else self.lam
+        self.posterior.put(lam=w.new_tensor(lam))
+        return {"lambda": lam}
+
+    def add_left_out(self, batch: Batch, progress: Progress) -> Losses:
+        """Negative log-likelihoods of each sample under what is left without it, by temperature."""
+        assert self.curvature is not None
+        if self.network.kind == "regression" or self.temperature is not None:
+            return Losses({})
+        for part, domain in labelled_parts(batch):
+            logits, covariance = self.curvature.outputs(part.x, domain, self.posterior.lam)
+            mean, covariance = without_itself(logits, covariance, part.y)
+            own, weight = part.y[None, :, None], self.share(part, domain) / progress.steps
+            for i, t in enumerate(TEMPERATURES[1:]):  # at 0 nothing would be in doubt
+                log_probs = Prediction.of_draws(self.drawn(mean, covariance, t)).log_probs
+                assert log_probs is not None
+                self.losses_by[i] -= weight * log_probs.gather(1, own[0]).sum()
+        return Losses({})
+
+    def drawn(self, mean: Tensor, covariance: Tensor, temperature: float | Tensor) -> Tensor:
+        """Log-probabilities `(S, B, K)` of logits of such moments."""
+        classes = mean.shape[1]
+        centring = torch.eye(classes).to(mean) - 1 / classes
+        values, vectors = torch.linalg.eigh(centring @ covariance @ centring)
+        spread = vectors * (temperature * values.clamp_min(0)).sqrt()[:, None, :]
+        noise = normal_draws(self.draws, classes, mean)
+        return (mean + torch.einsum("bkj,sj->sbk", spread, noise)).log_softmax(2)
+
+    def linearised(self, x: Any, domain: str) -> Prediction:
+        assert self.curvature is not None
+        logits, covariance = self.curvature.outputs(x, domain, self.posterior.lam)
+        chosen = logits.new_tensor(TEMPERATURES[1:])[self.losses_by.argmin()] if bool(self.losses_by.any()) else 1.0
+        temperature = chosen if self.temperature is None else self.temperature
+        if self.network.kind == "classification":
+            return Prediction.of_draws(self.drawn(logits, covariance, temperature))
+        plain, square = self.network.prediction(logits), self.network.label_std.double().square()
+        spread = temperature * covariance.diagonal(dim1=1, dim2=2) * square
+        assert plain.mean is not None and plain.variance is not None
+        return Prediction(mean=plain.mean, variance=plain.variance + spread, epistemic=spread)
+
+    # --- prediction -------------------------------------------------------------------------------
+
     def predict(self, x: Any) -> Prediction:
         return self.averaged(x, "target")
 
@@ -142,6 +234,8 @@ class LastLayerLaplace(Supervised):
 
     def averaged(self, x: Any, domain: str) -> Prediction:
         state, network = self.posterior, self.network
+        if hasattr(state, "lam"):
+            return self.linearised(x, domain)
         if not hasattr(state, "mean"):  # still training
             return network.predict(x, domain)
         z = with_one(network.features(x, domain).double())
@@ -157,6 +251,25 @@ class LastLayerLaplace(Supervised):
         spread = state.temperature * found.variances(z) @ state.left.square().T * square
         assert plain.mean is not None and plain.variance is not None
         return Prediction(mean=plain.mean, variance=plain.variance + spread, epistemic=spread)
+
+
+def best_evidence(values: Tensor, w: Tensor) -> float:
+    """The λ of a Hessian's eigenvalues and of weights."""
+    lams = LAMBDAS.to(w)
+    log_dets = torch.stack([torch.log1p(values / lam).sum() for lam in lams])
+    return float(lams[(-0.5 * lams * w.square().sum() - 0.5 * log_dets).argmax()])
+
+
+def without_itself(logits: Tensor, covariance: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """f₋ `(B, K)` and C₋ `(B, K, K)` of samples of classes `(B,)`."""
+    probs = logits.softmax(1)
+    root = curvature_root(probs)
+    along = covariance @ root
+    values, vectors = torch.linalg.eigh(root.mT @ along)
+    turned = along @ vectors
+    wider = covariance + turned / (1 - values.clamp(0, LEVERAGE))[:, None, :] @ turned.mT
+    slopes = probs - torch.nn.functional.one_hot(y, probs.shape[1])
+    return logits + torch.einsum("bkl,bl->bk", wider, slopes), wider
 
 
 def slope(problem: Softmax, w: Tensor) -> Tensor:

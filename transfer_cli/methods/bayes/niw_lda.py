@@ -42,7 +42,7 @@ class NIWHead(Head):
 
 
 class NIWLDA(SourceInformed):
-    version = 2  # the temperature has a prior
+    version = 3  # the source's covariance is shrunk in units of each feature
     needs = Needs(source_of_any_classes=True)
 
     def __init__(

@@ -35,6 +35,7 @@ STATELESS = ("row_sum", "l2")  # steps of features.normalise that a sample needs
 
 
 class SourcePosteriorHead(SourceInformed):
+    version = 2  # the source's covariance is shrunk in units of each feature
     needs = Needs(source_labels=True)
     parts = ("source",)
     label_spaces = ("closed", "partial")

@@ -10,6 +10,7 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
+from transfer_cli.methods.math.logistic import deviation
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,15 @@ class Summary:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, classes: int) -> Summary:
-        """Of samples `(N, D)` and class indices `(N,)`; the covariance is shrunk as Ledoit & Wolf (2004) would.
+        """Of samples `(N, D)` and class indices `(N,)`; the covariance is shrunk as Ledoit & Wolf (2004) would, in units of each
+        feature's standard deviation, so that units of measurement do not matter.
 
         Raises:
             TransferError: fewer than two samples in each class, or features that do not vary.
         """
         own = F.one_hot(y, classes).to(x)
-        counts = own.sum(0)
+        counts, offset, scale = own.sum(0), x.mean(0), deviation(x)
+        x = (x - offset) / scale
         means = own.T @ x / counts.clamp_min(1)[:, None]
         inner = x - means[y]
         spare = len(x) - int((counts > 0).sum())
@@ -40,7 +43,8 @@ class Summary:
         within, share = inner.T @ inner / spare, ledoit_wolf_shrinkage(inner.cpu().numpy(), assume_centered=True)
         share = max(float(share), 1e-6)
         even = within.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        return cls(counts, means, (1 - share) * within + share * even)
+        within = ((1 - share) * within + share * even) * torch.outer(scale, scale)
+        return cls(counts, offset + means * scale, within)
 
     @property
     def centre(self) -> Tensor:

@@ -39,6 +39,7 @@ from transfer_cli.methods.gaussian_process.expected_softmax import class_probs
 from transfer_cli.methods.heads.base import Head
 from transfer_cli.methods.math.gp import cholesky
 from transfer_cli.methods.math.kernels import Kernel
+from transfer_cli.methods.math.logistic import deviation
 from transfer_cli.methods.math.sparse import BLOCK, JITTER, inducing_points
 from transfer_cli.methods.phases import FeatureTask
 
@@ -231,13 +232,10 @@ class DirichletGP(FeatureMethod):
         """Centre and root of the source's covariance within classes; without a source, of the target's own variances."""
         part = task.source if task.source is not None else task.target_labelled
         assert part is not None
-        scale = part.x.std(0, correction=0)
-        scale = torch.where(scale > 1e-10 * part.x.abs().amax(0), scale, 1.0)  # units are no matter of the shrinkage
         if task.source is None or task.source.y is None:
-            return part.x.mean(0), torch.diag(scale)
-        summary = Summary.of(task.source.x / scale, task.source.y, self.source_classes)
-        within = summary.within if self.whiten else torch.diag(summary.within.diagonal())
-        return summary.centre * scale, torch.linalg.cholesky(within) * scale[:, None]
+            return part.x.mean(0), torch.diag(deviation(part.x))
+        summary = Summary.of(task.source.x, task.source.y, self.source_classes)
+        return summary.centre, summary.half(self.whiten)
 
     def some(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Few | None:
         """At most `points` samples, those of the last part first, whose own are asked; None where no class of theirs has two."""

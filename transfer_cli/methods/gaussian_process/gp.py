@@ -45,6 +45,7 @@ from transfer_cli.methods.math.gp import (
 )
 from transfer_cli.methods.math.kernels import Form, Kernel
 from transfer_cli.methods.math.laplace import Laplace, Prior, laplace, maximum_a_posteriori, starts_of
+from transfer_cli.methods.math.logistic import deviation
 from transfer_cli.methods.math.processes import Autoregressive, Coregional, Plain
 from transfer_cli.methods.phases import FeatureTask
 
@@ -112,7 +113,7 @@ class GP(FeatureMethod):
         parts = {"source": task.source, "target": task.target_labelled}
         given = {name: (part.x, part.y.double()) for name, part in parts.items() if part and part.y is not None}
         x, y = given["source" if self.has_source else "target"]
-        self.fitted.put(mean_x=x.mean(0), scale_x=_deviation(x), mean_y=y.mean(0), scale_y=_deviation(y))
+        self.fitted.put(mean_x=x.mean(0), scale_x=deviation(x), mean_y=y.mean(0), scale_y=deviation(y))
         if not self.has_source and not bool((y != y[0]).any()):
             raise TransferError("without a source, method gp needs target labels of at least two values.")
         for name, (x, y) in given.items():
@@ -311,12 +312,6 @@ def _kernel_rows(kernel: Kernel, signal: Row, lengths: list[Row]) -> list[Row]:
     if kernel.form == "linear":
         return [signal] * kernel.scales
     return [signal, *lengths, *([signal] if kernel.linear else [])]
-
-
-def _deviation(x: Tensor) -> Tensor:
-    """Standard deviations `(D,)`; one for columns that are constant, whatever their size."""
-    scale = x.std(0, correction=0)
-    return torch.where(scale > 1e-10 * x.abs().amax(0), scale, 1.0)
 
 
 def _with_task(x: Tensor, task: int) -> Tensor:

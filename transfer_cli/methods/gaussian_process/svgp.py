@@ -32,6 +32,7 @@ from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.base import Context, Method, Needs, Network
 from transfer_cli.methods.gaussian_process.expected_softmax import class_probs
 from transfer_cli.methods.math.kernels import Form, Kernel
+from transfer_cli.methods.math.logistic import deviation
 from transfer_cli.methods.math.sparse import JITTER, inducing_points
 from transfer_cli.methods.phases import Batch, ClosedForm, FeatureTask, Gradient, Losses, Moves, Phase, Progress, Update
 
@@ -122,9 +123,8 @@ class SVGP(Method):
         found = [task.source, task.target_labelled]
         x = torch.cat([part.x for part in found if part is not None])
         self.counts.copy_(x.new_tensor([0 if part is None else len(part.x) for part in found]))
-        scale = x.std(0, correction=0)
         self.centre.copy_(x.mean(0))
-        self.scale.copy_(torch.where(scale > 1e-10 * x.abs().amax(0), scale, 1.0))
+        self.scale.copy_(deviation(x))
         z = inducing_points((x - self.centre) / self.scale, len(self.inducing))
         more = torch.arange(len(self.inducing) - len(z), device=z.device) % len(z)
         draw = torch.Generator().manual_seed(0)

@@ -11,8 +11,13 @@ from transfer_cli.methods.math.softmax import Precision, Softmax, Solver
 
 def standardising(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation `(D,)` of each feature; a constant one stays as it is."""
+    return x.mean(0), deviation(x)
+
+
+def deviation(x: Tensor) -> Tensor:
+    """Population standard deviations `(D,)`; one for columns that are constant, whatever their size."""
     scale = x.std(0, correction=0)
-    return x.mean(0), torch.where(scale > 1e-8, scale, 1.0)
+    return torch.where(scale > 1e-10 * x.abs().amax(0), scale, 1.0)
 
 
 def fit_logistic(

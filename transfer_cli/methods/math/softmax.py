@@ -14,6 +14,7 @@ exceeds a tolerance. docs/optimisation.md compares them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from transfer_cli.errors import TransferError
 
+Times = Callable[[Tensor], Tensor]  # of `(K, D)`
 Solver = Literal["auto", "newton", "newton_cg", "lbfgs"]
 DENSE = 1000  # unknowns K · D, up to which the Hessian is formed
 SMALL = 20_000  # N K · D, up to which Newton's method, which ends far below the tolerance, is done in some milliseconds
@@ -61,12 +63,12 @@ class Precision:
             out = out + torch.diag(self.full.diagonal().view(classes, width).mean(0))
         return out
 
-    def shared_diagonal(self) -> Tensor:
-        """Its diagonal `(D,)`."""
-        out = self.diagonal.mean(0)
+    def diagonals(self) -> Tensor:
+        """Of each class's block, `(K, D)`."""
+        out = self.diagonal
         if self.kron is not None:
-            out = out + self.kron[0].diagonal().mean() * self.kron[1].diagonal()
-        return out if self.full is None else out + self.full.diagonal().view_as(self.diagonal).mean(0)
+            out = out + torch.outer(self.kron[0].diagonal(), self.kron[1].diagonal())
+        return out if self.full is None else out + self.full.diagonal().view_as(self.diagonal)
 
     def scaled(self, factor: float) -> Precision:
         kron = None if self.kron is None else (factor * self.kron[0], self.kron[1])
@@ -149,8 +151,7 @@ class Softmax:
 
     def _whitened(self, start: Tensor, tolerance: float) -> tuple[Tensor, bool]:
         """The last W of L-BFGS on V = W L, and whether its gradient is within the tolerance."""
-        half, inverse = self._whitening()
-        inverse_t = inverse if inverse.ndim == 1 else inverse.T
+        half, inverse, inverse_t = self._whitening()
         own = (
             F.one_hot(self.y, len(start)) * self.weights[:, None]
         ).T.contiguous()  # (K, N): products are fastest this way round
@@ -158,7 +159,7 @@ class Softmax:
 
         def value_and_gradient(flat: Any) -> tuple[float, Any]:
             nonlocal last
-            last = _times(torch.from_numpy(flat).to(start).view_as(start), inverse)
+            last = inverse(torch.from_numpy(flat).to(start).view_as(start))
             away = last - self.mean
             pull = self.precision(away)
             log_probs = F.log_softmax(last @ self.x.T, 0)
@@ -166,15 +167,15 @@ class Softmax:
             gradient = log_probs.exp_().mul_(self.weights).sub_(own) @ self.x + pull
             if float(gradient.abs().max()) <= tolerance:
                 raise _Reached
-            return float(value), _times(gradient, inverse_t).flatten().cpu().numpy()
+            return float(value), inverse_t(gradient).flatten().cpu().numpy()
 
         options = {"maxiter": 2000, "maxfun": 4000, "gtol": 0.0, "ftol": 0.0, "maxcor": 20}
         try:
-            first = _times(start, half).flatten().cpu().numpy()
+            first = half(start).flatten().cpu().numpy()
             found = minimize(value_and_gradient, first, jac=True, method="L-BFGS-B", options=options)
         except _Reached:
             return last, True
-        return _times(torch.from_numpy(found.x).to(start).view_as(start), inverse), False
+        return inverse(torch.from_numpy(found.x).to(start).view_as(start)), False
 
     def _dense_step(self, w: Tensor, probs: Tensor, gradient: Tensor) -> Tensor:
         # A bias without prior may be shifted for all classes alike: the Hessian is singular along that.
@@ -206,26 +207,22 @@ class Softmax:
         outer = (self.x * self.weights[:, None]).T @ self.x
         return _strengthened(0.5 * (1 - 1 / len(self.mean)) * outer + self.precision.shared(), 1e-10)
 
-    def _whitening(self) -> tuple[Tensor, Tensor]:
-        """L and its inverse `(D, D)`, or their diagonals `(D,)` where the samples span too little for more."""
+    def _whitening(self) -> tuple[Times, Times, Times]:
+        """Products with L, its inverse and that one's transpose, `(D, D)`; or with diagonals of each class's own where the
+        samples span too little for more."""
         samples, width = self.x.shape
         if samples <= width:
-            scales = (
-                0.5 * (1 - 1 / len(self.mean)) * (self.weights @ self.x.square()) + self.precision.shared_diagonal()
-            )
-            half = (scales + 1e-16 * scales.mean()).sqrt()
-            return half, 1 / half
+            scales = 0.5 * (1 - 1 / len(self.mean)) * (self.weights @ self.x.square()) + self.precision.diagonals()
+            half = (scales + 1e-16 * scales.mean(1, keepdim=True)).sqrt()
+            inverse = 1 / half
+            return half.mul, inverse.mul, inverse.mul
         half = torch.linalg.cholesky(self._bound())
-        return half, torch.linalg.solve_triangular(half, torch.eye(width).to(half), upper=False)
+        inverse = torch.linalg.solve_triangular(half, torch.eye(width).to(half), upper=False)
+        return lambda v: v @ half, lambda v: v @ inverse, lambda v: v @ inverse.T
 
 
 class _Reached(Exception):
     """The gradient is within the tolerance."""
-
-
-def _times(a: Tensor, factor: Tensor) -> Tensor:
-    """`a` `(N, D)` by a matrix, or by the diagonal of one."""
-    return a * factor if factor.ndim == 1 else a @ factor
 
 
 def _strengthened(matrix: Tensor, share: float) -> Tensor:
