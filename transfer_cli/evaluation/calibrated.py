@@ -40,6 +40,9 @@ class Calibrated:
     def predict_source(self, x: Any) -> Prediction:
         return self._finish(self.model.predict_source(x), self.model.features_source, x)
 
+    def predict_and_features(self, x: Any, domain: str) -> tuple[Prediction, Tensor | None]:
+        return (self.predict_source(x) if domain == "source" else self.predict(x)), None
+
     def _finish(self, prediction: Prediction, features: Any, x: Any) -> Prediction:
         prediction = prediction.cpu()  # where float64 is sure to be
         if self.calibration is not None:
