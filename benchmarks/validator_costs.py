@@ -27,14 +27,10 @@ REPEATS = 15
 PLAIN = ("source_val", "im", "entropy")
 
 
-def seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The median of some repeats, after one that does not count."""
-    taken = []
-    for _ in range(repeats + 1):
-        began = time.process_time()
-        work()
-        taken.append(time.process_time() - began)
-    return statistics.median(taken[1:])
+def milliseconds(work: Callable[[], Any]) -> float:
+    began = time.process_time()
+    work()
+    return 1000 * (time.process_time() - began)
 
 
 def main() -> None:
@@ -46,43 +42,11 @@ def main() -> None:
     method = build_method(config, components, problem.task.shape, device)
     problem = extract_features(problem, method, config, components, device, Console())
     evaluator = make_evaluator(config, problem.task, problem.heldout, device)
-
-    def baseline() -> None:
-        view = evaluator._view(method)
-        evaluator._look(view, evaluator.predict(method, problem.heldout.target_test.inputs))
-        prediction_health(view)
-        for domain, part in (("source", problem.task.source_validation), ("target", problem.task.target_validation)):
-            if part is not None:
-                evaluator.features(method, part.inputs.take(evenly(len(part), 128)), domain)
-
     every = dict(evaluator.validators)
     plain = {name: validator for name, validator in every.items() if name in PLAIN}
-    before, after = [], []
-    for _ in range(REPEATS):  # by turns, as other work on the machine slows both
-        evaluator.validators = plain
-        before.append(seconds(baseline, 1))
-        evaluator.validators = every
-        after.append(seconds(lambda: evaluator.look(method), 1))
-    added = statistics.median(b / a - 1 for a, b in zip(before, after, strict=True))
-    b, a = (1000 * statistics.median(taken) for taken in (before, after))
-    print(f"look before {b:.0f} ms, with all validators {a:.0f} ms: {added:+.0%}")
-    began = time.process_time()
-        work()
-        taken.append(time.process_time() - began)
-    return statistics.median(taken[1:])
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    config = typed(composed(["device=cpu", *sys.argv[1:]]))
-    components, device = resolve_components(config), torch.device("cpu")
-    fingerprints = {group: reader.fingerprint() for group, reader in readers(config, components).items()}
-    problem = pose_problem(config, components, fingerprints)
-    method = build_method(config, components, problem.task.shape, device)
-    problem = extract_features(problem, method, config, components, device, Console())
-    evaluator = make_evaluator(config, problem.task, problem.heldout, device)
 
     def baseline() -> None:
+        evaluator.validators = plain
         view = evaluator._view(method)
         evaluator._look(view, evaluator.predict(method, problem.heldout.target_test.inputs))
         prediction_health(view)
@@ -90,24 +54,25 @@ def main() -> None:
             if part is not None:
                 evaluator.features(method, part.inputs.take(evenly(len(part), 128)), domain)
 
-    every = dict(evaluator.validators)
-    evaluator.validators = {name: validator for name, validator in every.items() if name in PLAIN}
-    before = seconds(baseline)
-    evaluator.validators = every
-    after = seconds(lambda: evaluator.look(method))
-    print(f"look before {1000 * before:.0f} ms, with all validators {1000 * after:.0f} ms: {after / before - 1:+.1%}")
-    began = time.process_time()
-    view = evaluator._view(method)
-    print(f"predictions of both validation parts {1000 * (time.process_time() - began):.1f} ms")
-    for name, work in (
-        ("features", lambda: (view.source_features, view.target_features)),
-        ("weights", lambda: view.weights),
-    ):
-        began = time.process_time()
-        work()
-        print(f"{name} {1000 * (time.process_time() - began):.1f} ms")
-    for name, validator in every.items():
-        print(f"{name} {1000 * seconds(lambda: validator(view)):.2f} ms")  # noqa: B023
+    def full() -> None:
+        evaluator.validators = every
+        evaluator.look(method)
+
+    taken = [(milliseconds(baseline), milliseconds(full)) for _ in range(REPEATS)][
+        1:
+    ]  # by turns: other work slows both
+    added = statistics.median(after / before - 1 for before, after in taken)
+    before, after = (statistics.median(column) for column in zip(*taken, strict=True))
+    print(f"a look before {before:.1f}, with all validators {after:.1f}: {added:+.0%}")
+    parts: dict[str, list[float]] = {}
+    for _ in range(REPEATS):
+        view = evaluator._view(method)
+        parts.setdefault("features", []).append(milliseconds(lambda: (view.source_features, view.target_features)))  # noqa: B023
+        parts.setdefault("weights of iwv and dev", []).append(milliseconds(lambda: view.weights))  # noqa: B023
+        for name, validator in every.items():
+            parts.setdefault(name, []).append(milliseconds(lambda: validator(view)))  # noqa: B023
+    for name, column in parts.items():
+        print(f"{name:24}{statistics.median(column):8.2f}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transfer_cli.evaluation.health import evenly
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.registry import resolve
 
-SAMPLED = 200  # samples a domain, evenly spread: whose features are looked at, and that are compared in pairs
+SAMPLED = 256  # samples a domain, evenly spread: whose features are looked at, and that are compared in pairs
 WORST_LOSS = 1e6  # nats: a probability of zero counts as this
 
 Need = Literal["classification", "source_labels", "source_features", "target_features"]
