@@ -285,7 +285,13 @@ def test_validators_load_by_name_and_apply_where_they_can() -> None:
     assert load_validator("transfer_cli.evaluation.validators.entropy:entropy", []) is entropy
     with pytest.raises(TransferError, match=r"not 'imm'. Did you mean 'im'\?"):
         load_validator("imm", [])
+    known = {name: load_validator(name, []) for name in VALIDATORS}
     unlabelled = view([[1.0, 0.0]])
-    assert [name for name in VALIDATORS if applicable(unlabelled, name)] == ["im", "entropy"]
+    of_predictions = ["im", "entropy", "diversity", "snd", "bnm"]
+    assert [name for name in known if applicable(unlabelled, known[name])] == of_predictions
     mean = Prediction(mean=torch.zeros(1, 1), variance=torch.ones(1, 1))
-    assert [n for n in VALIDATORS if applicable(View("regression", mean, torch.zeros(1, 1), mean), n)] == ["source_val"]
+    plain = View("regression", mean, torch.zeros(1, 1), mean)
+    assert [name for name in known if applicable(plain, known[name])] == ["source_val"]
+    seen = View("regression", mean, torch.zeros(1, 1), mean, lambda domain: torch.zeros(1, 3))
+    assert [name for name in known if applicable(seen, known[name])] == ["source_val", "iwv", "dev", "rankme", "mmd"]
+    assert applicable(plain, lambda view: 0.0), "a plugin's need not say what it needs"

@@ -18,6 +18,7 @@ COMMANDS = {
     "reproduce": "a published table, run and compared: transfer reproduce office_caltech_surf",
     "predict": "classes and probabilities for new samples: transfer predict RUN_DIR FILES...",
     "evaluate": "recompute a run's figures from its checkpoint: transfer evaluate RUN_DIR",
+    "validate": "scores of finished runs that cost more: transfer validate --validators agreement,reverse",
     "cache": "features that runs share: transfer cache --clear",
 }
 

@@ -120,7 +120,7 @@ def write_result(
     fitted, began = session.clock.seconds(), time.perf_counter()
     evaluator, monitor, task = session.monitor.evaluator, session.monitor, session.task
     plain = evaluator.predictions(session.method)
-    validators = evaluator.scores(plain)
+    validators = evaluator.scores(session.method, plain["target_test"])
     metrics, arrays = evaluator.figures(model.finish_all(evaluator, plain))
     if model.calibration is not None:
         found["calibration"]["before"], others = evaluator.figures(plain)

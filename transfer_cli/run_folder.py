@@ -28,6 +28,7 @@ class RunFolder:
     status = property(lambda self: self.path / "status.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     result = property(lambda self: self.path / "result.json")
+    validators = property(lambda self: self.path / "validators.json")
     predictions = property(lambda self: self.path / "predictions.npz")
     features = property(lambda self: self.path / "features.npz")
     examples = property(lambda self: self.path / "examples.npz")

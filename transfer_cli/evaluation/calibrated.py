@@ -42,6 +42,9 @@ class Calibrated:
     def predict_source(self, x: Any) -> Prediction:
         return self.finish(self.model.predict_source(x), lambda: self.model.features_source(x).cpu())
 
+    def predict_and_features(self, x: Any, domain: str) -> tuple[Prediction, Tensor | None]:
+        return (self.predict_source(x) if domain == "source" else self.predict(x)), None
+
     def finish(self, prediction: Prediction, features: Callable[[], Tensor]) -> Prediction:
         """What the model predicts, recalibrated; `features` `(B, D)` of the same samples are asked for where sets need them."""
         prediction = prediction.cpu()  # where float64 is sure to be

@@ -13,6 +13,7 @@ et al., NeurIPS 2019). The effective number of scores is (Σ w)² / Σ w²: wher
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,8 +43,12 @@ class DensityRatio:
         return ((x - self.mean.to(x)) / self.scale.to(x)) @ self.weight.to(x) + self.bias.to(x)
 
 
-def fit_density_ratio(source: Tensor, target: Tensor) -> DensityRatio:
-    """From a logistic domain classifier on features `(N, D)` and `(M, D)`, whose strength cross-validation chooses."""
+def fit_density_ratio(
+    source: Tensor, target: Tensor, strengths: Sequence[float] = STRENGTHS, tol: float = 1e-4
+) -> DensityRatio:
+    """From a logistic domain classifier on features `(N, D)` and `(M, D)`, whose strength cross-validation chooses.
+
+    `tol`: of the classifier's gradient."""
     from sklearn.linear_model import LogisticRegression
 
     x = torch.cat([source, target]).double().flatten(1)
@@ -53,7 +58,7 @@ def fit_density_ratio(source: Tensor, target: Tensor) -> DensityRatio:
     fold = np.arange(len(x)) % FOLDS
 
     def fit(kept: Any, strength: float) -> LogisticRegression:
-        return LogisticRegression(C=strength, max_iter=1000).fit(z[kept], domain[kept])
+        return LogisticRegression(C=strength, max_iter=1000, tol=tol).fit(z[kept], domain[kept])
 
     def loss(strength: float) -> float:
         return sum(
@@ -61,7 +66,8 @@ def fit_density_ratio(source: Tensor, target: Tensor) -> DensityRatio:
             for left, probs in ((fold == f, fit(fold != f, strength).predict_proba(z[fold == f])) for f in range(FOLDS))
         )
 
-    found = fit(fold >= 0, min((c / len(x) for c in STRENGTHS), key=loss))
+    chosen = strengths[0] if len(strengths) == 1 else min(strengths, key=lambda c: loss(c / len(x)))
+    found = fit(fold >= 0, chosen / len(x))
     bias = torch.tensor(float(found.intercept_[0]) + math.log(len(source) / len(target)), dtype=torch.float64)
     return DensityRatio(mean, scale, torch.from_numpy(found.coef_[0]), bias)
 

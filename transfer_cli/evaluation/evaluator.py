@@ -19,19 +19,28 @@ from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.health import evenly, prediction_health
 from transfer_cli.evaluation.metrics import final_score, out_of_distribution, score
 from transfer_cli.evaluation.prediction import Prediction
-from transfer_cli.evaluation.validators import VALIDATORS, WITHOUT_A_SCORE, Validator, View, applicable, load_validator
+from transfer_cli.evaluation.validators import (
+    SAMPLED,
+    VALIDATORS,
+    WITHOUT_A_SCORE,
+    Validator,
+    View,
+    applicable,
+    load_validator,
+    needed,
+    refuse,
+)
 from transfer_cli.run_folder import HEADLINE
 
 SAMPLE = 500  # samples a domain whose features are kept for the report
 EXAMPLES = 64  # samples a domain whose inputs are kept
 PICTURED = 16  # samples a domain that a method may make pictures of
-VALIDATION = ("target_validation", "source_validation")  # what validators look at
-NORMED = 128  # samples a domain whose features' norm is watched: a mean needs no more
 
 
 class Predictor(Protocol):
     def predict(self, x: Any) -> Prediction: ...
     def predict_source(self, x: Any) -> Prediction: ...
+    def predict_and_features(self, x: Any, domain: str) -> tuple[Prediction, Tensor | None]: ...
     def features(self, x: Any) -> Tensor: ...
     def features_source(self, x: Any) -> Tensor: ...
     def pictures(self, source: Tensor, target: Tensor) -> dict[str, Tensor]: ...
@@ -72,6 +81,9 @@ class Evaluator:
         self.selection = self._choose(selection)
         names = dict.fromkeys([*VALIDATORS, *([] if self.selection in WITHOUT_A_SCORE else [self.selection])])
         self.validators: dict[str, Validator] = {name: load_validator(name, plugins) for name in names}
+        if self.selection not in WITHOUT_A_SCORE:  # said now, not after the first hundred steps
+            lacking = [need for need in needed(self.validators[self.selection]) if not self._provides(need)]
+            refuse(self.selection, lacking)
 
     @property
     def uses_target_labels(self) -> bool:
@@ -82,69 +94,62 @@ class Evaluator:
             if self.task.kind == "classification":
                 return "im"
             return "source_val" if self.task.source_validation is not None else "last"
-        if selection in ("im", "entropy") and self.task.kind != "classification":
-            raise TransferError(f"selection={selection} is for classification: set selection=source_val or last.")
         return selection
+
+    def _provides(self, need: str) -> bool:
+        """Whether the task has what a validator may need."""
+        has_validation = self.task.source_validation is not None
+        return {
+            "classification": self.task.kind == "classification",
+            "source_labels": has_validation and self.task.source_labels_fit_head,
+            "source_features": has_validation,
+        }.get(need, True)
 
     def look(self, method: Predictor) -> Look:
         """Every validator's score, and the figures on the target test set (for the record and the oracle alone)."""
-        found = self.predictions(method, ("target_test", *VALIDATION))
-        view = self._view(found)
-        look = self._look(view, found["target_test"])
-        return replace(look, health={**prediction_health(view), **self._feature_norms(method)})
+        view, test = self._view(method), self.predict(method, self.heldout.target_test.inputs)
+        return replace(self._look(view, test), health={**prediction_health(view), **_feature_norms(view)})
 
     def _look(self, view: View, test: Prediction) -> Look:
-        scores = {n: v(view) for n, v in self.validators.items() if n not in VALIDATORS or applicable(view, n)}
+        scores = {name: validator(view) for name, validator in self.validators.items() if applicable(view, validator)}
         figures = score(self.task.kind, test, self.heldout.target_test.labels, self.known)
         name = HEADLINE[self.task.kind]
         oracle = figures[name] if name == "accuracy" else -figures[name]
         chosen = {"last": 0.0, "oracle": oracle}.get(self.selection)
         if chosen is None:
-            if self.selection not in scores:
-                self.validators[self.selection](view)  # says what it lacks
             chosen = scores[self.selection]
         return Look(chosen, oracle, scores, figures, (name, figures[name]))
 
-    def _feature_norms(self, method: Predictor) -> dict[str, float]:
-        """The mean Euclidean norm of some validation samples' features, by domain."""
-        norms: dict[str, float] = {}
-        for domain, part in (("source", self.task.source_validation), ("target", self.task.target_validation)):
-            if part is not None and len(part):
-                few = part.inputs.take(evenly(len(part), min(NORMED, self.batch_size)))
-                features = self.run(method, few, _features(method, domain), workers=0)[0].flatten(1)
-                norms[f"feature_norm_{domain}"] = float(features.double().norm(dim=1).mean())
-        return norms
+    def _view(self, method: Predictor) -> View:
+        parts = {"source": self.task.source_validation, "target": self.task.target_validation}
+        seen: dict[str, Tensor | None] = {}
 
-    def _view(self, found: Mapping[str, Prediction]) -> View:
-        target, source = found["target_validation"], found.get("source_validation")
-        if source is None:
-            return View(self.task.kind, None, None, target)
-        assert self.task.source_validation is not None
-        return View(self.task.kind, source, self.task.source_validation.labels, target)
+        def extract(domain: str) -> Tensor | None:
+            part = parts[domain]
+            if seen.get(domain) is not None or part is None or not len(part):
+                return seen.get(domain)
+            return self.features(method, part.inputs.take(evenly(len(part), SAMPLED)), domain)
+
+        target, seen["target"] = self._seen(method, self.task.target_validation.inputs, "target")
+        part = self.task.source_validation
+        if part is None or not self.task.source_labels_fit_head:
+            return View(self.task.kind, None, None, target, extract)
+        source, seen["source"] = self._seen(method, part.inputs, "source")
+        return View(self.task.kind, source, part.labels, target, extract)
 
     def parts(self) -> dict[str, tuple[Inputs, str]]:
         """What the final figures are of: the inputs, and the domain that they are predicted as."""
-        task, heldout = self.task, self.heldout
-        known = task.source_labels_fit_head
-        found = {
-            "target_test": (heldout.target_test.inputs, "target"),
-            "source_test": (heldout.source_test.inputs, "source")
-            if heldout.source_test is not None and known
-            else None,
-            "ood": (heldout.ood.inputs, "target") if heldout.ood is not None else None,
-            "target_validation": (task.target_validation.inputs, "target"),
-            "source_validation": (task.source_validation.inputs, "source")
-            if task.source_validation is not None and known
-            else None,
-        }
-        return {name: part for name, part in found.items() if part is not None}
+        heldout = self.heldout
+        found = {"target_test": (heldout.target_test.inputs, "target")}
+        if heldout.source_test is not None and self.task.source_labels_fit_head:
+            found["source_test"] = (heldout.source_test.inputs, "source")
+        if heldout.ood is not None:
+            found["ood"] = (heldout.ood.inputs, "target")
+        return found
 
-    def predictions(self, method: Predictor, names: Sequence[str] | None = None) -> dict[str, Prediction]:
-        """Of the `parts`, or of those named that are there."""
-        parts = self.parts()
-        return {
-            name: self.predict(method, *parts[name]) for name in (parts if names is None else names) if name in parts
-        }
+    def predictions(self, method: Predictor) -> dict[str, Prediction]:
+        """Of the `parts`."""
+        return {name: self.predict(method, *part) for name, part in self.parts().items()}
 
     def figures(self, found: Mapping[str, Prediction]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Metrics by split, and arrays for predictions.npz."""
@@ -163,9 +168,9 @@ class Evaluator:
             metrics["ood"] = out_of_distribution(found["target_test"], found["ood"])
         return metrics, arrays
 
-    def scores(self, found: Mapping[str, Prediction]) -> dict[str, float]:
-        """The validators'."""
-        return self._look(self._view(found), found["target_test"]).validators
+    def scores(self, method: Predictor, test: Prediction) -> dict[str, float]:
+        """The validators', of a method that predicts `test` of the target test set."""
+        return self._look(self._view(method), test).validators
 
     def samples(self, method: Predictor) -> tuple[dict[str, Any], dict[str, Any]]:
         """Features and example inputs of the first samples of both test sets, for the report."""
@@ -206,13 +211,24 @@ class Evaluator:
             TransferError: a number that is not finite.
         """
         function = method.predict_source if domain == "source" else method.predict
-        prediction = Prediction.concatenate(self.run(method, inputs, function))
-        if not prediction.is_finite():
-            raise TransferError(
-                "the predictions are not finite: the weights have diverged. A lower optimizer.lr or trainer.clip_norm=1 "
-                "usually helps."
-            )
-        return prediction
+        return _whole(self.run(method, inputs, function))
+
+    def _seen(self, method: Predictor, inputs: Inputs, domain: str) -> tuple[Prediction, Tensor | None]:
+        """`predict`, and the features of `SAMPLED` of the inputs where the method finds both in one pass."""
+        chosen = torch.zeros(len(inputs), dtype=torch.bool)
+        chosen[evenly(len(inputs), SAMPLED)] = True
+        rest, kept = chosen, []
+
+        def both(x: Any) -> Prediction:
+            nonlocal rest
+            prediction, features = method.predict_and_features(x, domain)
+            if features is not None:
+                mine, rest = rest[: len(features)], rest[len(features) :]
+                kept.append(features[mine.to(features.device)].float().cpu().flatten(1))
+            return prediction
+
+        prediction = _whole(self.run(method, inputs, both))
+        return prediction, torch.cat(kept) if kept else None
 
     def features(self, method: Predictor, inputs: Inputs, domain: str) -> Tensor:
         """The method's features `(N, D)` of inputs of a domain, float32 on the CPU."""
@@ -226,6 +242,24 @@ class Evaluator:
         batches = in_order(inputs, self.batch_size, self.device, workers, self.channels_last)
         with torch.inference_mode(), isolated(self.seed, self.device), closing(batches):
             return [function(x) for x in batches]
+
+
+def _whole(batches: Sequence[Prediction]) -> Prediction:
+    """Raises:
+    TransferError: a number that is not finite."""
+    prediction = Prediction.concatenate(batches)
+    if not prediction.is_finite():
+        raise TransferError(
+            "the predictions are not finite: the weights have diverged. A lower optimizer.lr or trainer.clip_norm=1 "
+            "usually helps."
+        )
+    return prediction
+
+
+def _feature_norms(view: View) -> dict[str, float]:
+    """The mean Euclidean norm of validation samples' features, by domain."""
+    found = {"source": view.source_features, "target": view.target_features}
+    return {f"feature_norm_{domain}": float(x.norm(dim=1).mean()) for domain, x in found.items() if x is not None}
 
 
 def _features(method: Predictor, domain: str) -> Callable[[Any], Tensor]:

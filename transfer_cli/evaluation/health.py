@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from transfer_cli.data.batching import derive_seed
-from transfer_cli.evaluation.validators import View
+
+if TYPE_CHECKING:
+    from transfer_cli.evaluation.validators import View
 
 FEW = 20  # samples a domain, below which half of them say nothing about the other half
 L2 = 1e-2  # a sample, of the domain classifier on standardised features: it has wide ones and some hundred samples

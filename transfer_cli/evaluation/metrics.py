@@ -87,6 +87,17 @@ def epistemic_share(prediction: Prediction) -> Tensor:
     return prediction.epistemic.double().cpu() / prediction.variance.double().cpu().clamp_min(1e-24)
 
 
+def sample_nll(prediction: Prediction, labels: Tensor) -> Tensor:
+    """The negative log-likelihood `(N,)` of labels, in nats, in float64 on the CPU; in regression the mean over outputs."""
+    if prediction.log_probs is not None:
+        labels = labels.cpu()
+        return -padded(prediction.log_probs, labels).gather(1, labels[:, None])[:, 0]
+    assert prediction.mean is not None and prediction.variance is not None
+    sigma = prediction.variance.double().cpu().sqrt().clamp_min(1e-12)
+    z = (labels.double().cpu() - prediction.mean.double().cpu()) / sigma
+    return (0.5 * z.square() + sigma.log() + 0.5 * math.log(2 * math.pi)).mean(1)
+
+
 def padded(log_probs: Tensor, labels: Tensor) -> Tensor:
     """`(N, K')` in float64 on the CPU: classes beyond K, which the method cannot name, have probability zero."""
     log_probs = log_probs.double().cpu()

@@ -118,6 +118,10 @@ class Method(nn.Module):
         """The same for source samples, where a method treats the domains differently."""
         return self.predict(x)
 
+    def predict_and_features(self, x: Any, domain: str) -> tuple[Prediction, Tensor | None]:
+        """What `predict` and `features` (or those of the source) say, where one pass finds both; else no features."""
+        return (self.predict_source(x) if domain == "source" else self.predict(x)), None
+
     def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
         """The loss of granted target labels, which the gradient loop adds unless the method handles them."""
         raise NotImplementedError
@@ -205,6 +209,9 @@ class Network(nn.Module):
         return Prediction(mean=self.label_mean + self.label_std * logits.float(), variance=variance.expand_as(logits))
 
 
+ONE_PASS = ("predict", "predict_source", "features", "features_source")  # that a network's outputs are, as they stand
+
+
 class NetworkMethod(Method):
     """A method that trains a `Network` by gradients and predicts with it."""
 
@@ -223,6 +230,13 @@ class NetworkMethod(Method):
 
     def predict_source(self, x: Any) -> Prediction:
         return self.network.predict(x, "source")
+
+    def predict_and_features(self, x: Any, domain: str) -> tuple[Prediction, Tensor | None]:
+        own = {name: getattr(type(self), name) is getattr(NetworkMethod, name) for name in ONE_PASS}
+        if not all(own.values()) or type(self.network) is not Network:  # a method with a prediction of its own
+            return super().predict_and_features(x, domain)
+        features, logits = self.network(x, domain)
+        return self.network.prediction(logits), features
 
     def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
         return self.network.supervised(self.network(x).logits, y)

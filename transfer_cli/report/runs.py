@@ -127,7 +127,7 @@ def _run(path: Path, time: str, result: Mapping[str, Any], config: Mapping[str, 
         seeds=tuple(result[key] for key in SEEDS),
         figure=100 * figure if result["kind"] == "classification" else figure,
         settings=settings,
-        scores=result.get("validators", {}),
+        scores={**result.get("validators", {}), **(read_json(RunFolder(path).validators) or {}).get("scores", {})},
         figures=result["metrics"]["target_test"],
         warnings=tuple(warning["text"] for warning in result.get("health", {}).get("warnings", ())),
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from transfer_cli.evaluation.validators import View
+from transfer_cli.evaluation.validators import View, needs
 
 
+@needs("classification")
 def entropy(view: View) -> float:
     return -float(torch.special.entr(view.target.probs.double()).sum(1).mean())

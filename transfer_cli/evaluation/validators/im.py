@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from transfer_cli.evaluation.validators import View
+from transfer_cli.evaluation.validators import View, needs
 
 
+@needs("classification")
 def im(view: View) -> float:
     probs = view.target.probs.double()
     marginal = probs.mean(0)
