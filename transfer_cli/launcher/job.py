@@ -28,7 +28,11 @@ from transfer_cli.config.compose import resolve_components, typed
 from transfer_cli.config.identity import identify
 from transfer_cli.errors import TransferError
 
-HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # blocked in the server, which a signal to the whole group reaches too
+HELD = {
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+}  # blocked in the server, which a signal to the whole group reaches too
 GRACE = 30.0  # seconds that a job may go on without its launcher, to save
 
 

@@ -161,9 +161,7 @@ def start_server(threads: int) -> Any:
     return context
 
 
-def prepare(
-    launcher: Any, index: int, overrides: Sequence[str], threads: int, gpu: str | None, sweep: Path
-) -> Job:
+def prepare(launcher: Any, index: int, overrides: Sequence[str], threads: int, gpu: str | None, sweep: Path) -> Job:
     """The job's configuration and surroundings: its number of threads, unless it sets one, and its GPU, unless it names one."""
     config: DictConfig = launcher.context.config_loader.load_sweep_config(launcher.config, list(overrides))
     with open_dict(config):
