@@ -123,7 +123,7 @@ def test_a_signal_saves_every_job_and_the_sweep_goes_on(
     stopped = transfer("run", *sweep)
     thread.join()
     assert stopped.code == code, stopped.err
-    assert "stopping: 2 jobs save" in stopped.out and "3 of its runs are left" in stopped.err
+    assert "stopping: 2 jobs at work" in stopped.out and "3 of its runs left" in stopped.err
     logs = [p.read_text() for p in tmp_path.rglob("run.log")]
     assert len(logs) == 2 and all("stopped and saved at step" in log for log in logs)
     again = transfer("run", *[word for word in sweep if word != "jobs=2"])  # one after another, in this process

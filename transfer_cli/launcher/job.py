@@ -88,7 +88,7 @@ def work(job: Job, pipe: Connection) -> None:
 def _folder(composed: DictConfig) -> Path | None:
     """The run's folder; None where the configuration is wrong, which the run itself will say."""
     with suppress(Exception):
-        config = typed(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
+        config = typed(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
         return identify(config, resolve_components(config)).folder(config.outputs).resolve()
     return None
 

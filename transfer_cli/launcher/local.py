@@ -92,8 +92,8 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
                 while waiting and free and not stop.numbers:
                     index, overrides = waiting.pop()
                     slot = free.pop(0)
-                    job = prepare(launcher, index, overrides, threads, gpus[slot % len(gpus)] if gpus else None, sweep)
-                    running.append(start(server, job, index, " ".join(filter_overrides(overrides)), slot))
+                    made = prepare(launcher, index, overrides, threads, gpus[slot % len(gpus)] if gpus else None, sweep)
+                    running.append(start(server, made, index, " ".join(filter_overrides(overrides)), slot))
                 stop.hand_on([job.process for job in running], screen)
                 screen.show([(job.words, time.monotonic() - job.began, job.last_line()) for job in running])
                 wait([job.process.sentinel for job in running] + [job.pipe for job in running], TICK)
@@ -109,7 +109,7 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
             screen.close()
     if stop.numbers:
         left = len(waiting) + screen.counts[STOPPED]
-        print(f"transfer: the sweep was stopped, {left} of its runs are left; typed again it goes on", file=sys.stderr)
+        print(f"transfer: the sweep was stopped, {left} of its runs left; typed again it goes on", file=sys.stderr)
         raise SystemExit(128 + stop.numbers[0])
     return [returns[index] for index in sorted(returns)]
 
@@ -196,7 +196,7 @@ def end(job: Running, task: Any, stopping: bool, screen: Screen) -> JobReturn:
         error = _last_words(job.process.exitcode, folder, stopping)
     _keep_log(job.log, folder)
     state = "done" if error is None else STOPPED if error == STOPPED else "failed"
-    screen.ended(state, job.words, seconds, error if state == "failed" else _figure(folder))
+    screen.ended(state, job.words, seconds, _figure(folder) if error in (None, STOPPED) else str(error))
     value = job.report.value
     if error is not None and not stopping:
         value = task.failed_elsewhere("stopped; typed again it goes on" if error == STOPPED else error, job.words)
@@ -265,7 +265,8 @@ class Stop:
         while self._handed < len(self.numbers):
             self._handed += 1
             if self._handed == 1:
-                screen.say(f"stopping: {len(processes)} jobs save what they have; once more stops them at once")
+                count = f"{len(processes)} job{'s' * (len(processes) != 1)}"
+                screen.say(f"stopping: {count} at work, each saves first; once more stops at once")
             for process in processes:
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, self.numbers[self._handed - 1] if self._handed < 3 else signal.SIGKILL)  # type: ignore[arg-type]

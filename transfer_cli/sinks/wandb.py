@@ -26,7 +26,7 @@ class Wandb:
             group=run.pair,
             dir=str(run.folder),
             config=dict(run.settings),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             settings=wandb.Settings(console="off", silent=True),
         )
 
