@@ -31,8 +31,6 @@ def typed(composed: DictConfig | dict[str, Any]) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None)
-        if "is not a ListConfig" in str(error.msg or error):
-            raise TransferError(f"{key} is a list: {key}=[{plain.get(str(key))}]") from error
         raise TransferError(f"{key}: {str(error.msg or error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     if config.source_model is not None:

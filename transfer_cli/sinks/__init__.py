@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +115,10 @@ class Sinks:
         try:
             yield
         except Exception as error:
-            self._open.pop(name, None)
+            sink = self._open.pop(name, None)
+            if sink is not None:
+                with suppress(Exception):
+                    sink.close("interrupted")
             self._warn(f"sink {name} failed and is left out, the run goes on: {type(error).__name__}: {error}")
         finally:
             self._random.load_state_dict(state)
