@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -39,21 +39,25 @@ class Running:
     """A job at work."""
 
     index: int
-    words: str  # its overrides, as it is called on the screen
+    overrides: str
+    words: str  # those that not every job has, as it is called on the screen
     slot: int
     log: Path
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     began: float
     report: Report = field(default_factory=Report)
+    silent: bool = False  # it has closed its end
 
     def listen(self) -> None:
         """Take in what it has told."""
-        with suppress(EOFError, OSError):
-            while self.pipe.poll():
+        try:
+            while not self.silent and self.pipe.poll():
                 told: Report = self.pipe.recv()
                 folder = told.folder or self.report.folder
                 self.report = Report(folder, told.ended, told.error, told.value)
+        except (EOFError, OSError):
+            self.silent = True
 
     def last_line(self) -> str:
         """Of its run.log, or nothing."""
@@ -80,6 +84,7 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
     sweep = Path(str(config.hydra.sweep.dir)).resolve()
     sweep.mkdir(parents=True, exist_ok=True)
     server = start_server(threads)
+    shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
     waiting = [(first + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
     waiting.reverse()
     running: list[Running] = []
@@ -93,10 +98,11 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
                     index, overrides = waiting.pop()
                     slot = free.pop(0)
                     made = prepare(launcher, index, overrides, threads, gpus[slot % len(gpus)] if gpus else None, sweep)
-                    running.append(start(server, made, index, " ".join(filter_overrides(overrides)), slot))
+                    running.append(start(server, made, index, overrides, shared, slot))
                 stop.hand_on([job.process for job in running], screen)
                 screen.show([(job.words, time.monotonic() - job.began, job.last_line()) for job in running])
-                wait([job.process.sentinel for job in running] + [job.pipe for job in running], TICK)
+                talking = [job.pipe for job in running if not job.silent]
+                wait([*(job.process.sentinel for job in running), *talking], TICK)
                 for job in running:
                     job.listen()
                 for job in [job for job in running if job.process.exitcode is not None]:
@@ -175,13 +181,15 @@ def prepare(launcher: Any, index: int, overrides: Sequence[str], threads: int, g
     return Job(launcher.task, launcher.context, config, environment, str(Path.cwd()), sweep / f"{index}.err")
 
 
-def start(context: Any, job: Job, index: int, words: str, slot: int) -> Running:
+def start(context: Any, job: Job, index: int, overrides: Sequence[str], shared: Set[str], slot: int) -> Running:
     """Its process."""
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(job, theirs), name=f"transfer job {index}")
     process.start()
     theirs.close()
-    return Running(index, words, slot, job.log, process, ours, time.monotonic())
+    own = filter_overrides(overrides)
+    words = " ".join(word for word in own if word not in shared)
+    return Running(index, " ".join(own), words, slot, job.log, process, ours, time.monotonic())
 
 
 def end(job: Running, task: Any, stopping: bool, screen: Screen) -> JobReturn:
@@ -199,8 +207,8 @@ def end(job: Running, task: Any, stopping: bool, screen: Screen) -> JobReturn:
     screen.ended(state, job.words, seconds, _figure(folder) if error in (None, STOPPED) else str(error))
     value = job.report.value
     if error is not None and not stopping:
-        value = task.failed_elsewhere("stopped; typed again it goes on" if error == STOPPED else error, job.words)
-    returned = JobReturn(overrides=job.words.split(), status=JobStatus.COMPLETED)
+        value = task.failed_elsewhere("stopped; typed again it goes on" if error == STOPPED else error, job.overrides)
+    returned = JobReturn(overrides=job.overrides.split(), status=JobStatus.COMPLETED)
     returned.return_value = value
     return returned
 
