@@ -19,33 +19,46 @@ MULTIRUN = ("-m", "--multirun")
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
-def main(argv: list[str]) -> int:
-    """Exit status 0, or 2 where a run of a sweep failed; the error of a single run is raised."""
-    argv = sorted(argv, key=lambda a: a not in MULTIRUN)  # to the front: Hydra's parser takes no flag among overrides
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    errors: list[Exception] = []
-    failed: list[str] = []
+class Task:
+    """What Hydra calls for each job; a launcher may do so in another process, so it can be pickled.
 
-    def task(composed: DictConfig) -> None:
-        """Errors are kept instead of raised: Hydra would add lines of its own, and in a sweep lose the other runs."""
+    Errors are kept instead of raised: Hydra would add lines of its own, and in a sweep lose the other runs.
+    """
+
+    def __init__(self, show_traceback: bool) -> None:
+        self.show_traceback = show_traceback
+        self.errors: list[Exception] = []
+        self.failed: list[str] = []
+
+    def __call__(self, composed: DictConfig) -> None:
         try:
             from transfer_cli.experiment import run  # torch comes only now: completion and --cfg answer without it
 
             run(typed(composed), ["transfer", "run", *HydraConfig.get().overrides.task])
         except Exception as error:
-            errors.append(error)
-            failed.append(" ".join(HydraConfig.get().overrides.task))
+            self.errors.append(error)
+            self.failed.append(" ".join(HydraConfig.get().overrides.task))
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                _tell(error, HydraConfig.get().overrides.task, show_traceback)
+                _tell(error, HydraConfig.get().overrides.task, self.show_traceback)
                 if HydraConfig.get().launcher._target_ != BASIC_LAUNCHER:
                     raise  # another process: only so does the launcher learn of it
 
+    def failed_elsewhere(self, error: str, overrides: str) -> None:
+        """A launcher's word that a job in another process failed; the launcher has told the user."""
+        self.errors.append(TransferError(error))
+        self.failed.append(overrides)
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0, or 2 where a run of a sweep failed; the error of a single run is raised."""
+    argv = sorted(argv, key=lambda a: a not in MULTIRUN)  # to the front: Hydra's parser takes no flag among overrides
+    task = Task(os.environ.get("HYDRA_FULL_ERROR") == "1")
     call_hydra(task, argv)
-    if errors and not _is_sweep(argv):
-        raise errors[0]
-    if errors:
-        print(f"transfer: {len(errors)} of the sweep's runs failed:", *failed, sep="\n  ", file=sys.stderr)
-    return 2 if errors else 0
+    if task.errors and not _is_sweep(argv):
+        raise task.errors[0]
+    if task.errors:
+        print(f"transfer: {len(task.errors)} of the sweep's runs failed:", *task.failed, sep="\n  ", file=sys.stderr)
+    return 2 if task.errors else 0
 
 
 def _tell(error: Exception, overrides: Sequence[str], show_traceback: bool) -> None:

@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from transfer_cli.config.folders import config_folders, names_in, packaged_folder
+from transfer_cli.config.launchers import what_to_install, written_out
 from transfer_cli.config.schema import COMPONENTS, Config
 from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.errors import TransferError, suggest
@@ -49,7 +50,7 @@ def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
         TransferError: for what the user can mend in the configuration.
     """
     folders = _prepare(arguments)
-    arguments = _keys_of_each_job(arguments)
+    arguments = _keys_of_each_job(written_out(arguments))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands errors on instead of printing them
     sys.argv = ["transfer run", *arguments]
     try:
@@ -154,6 +155,8 @@ def explain(error: BaseException, folders: Sequence[Path]) -> str | None:
 def _missing(path: str, options: Sequence[str]) -> str:
     group, _, name = path.rpartition("/")
     group = group.removeprefix("/") or "config"
+    if group == "hydra/launcher":
+        return what_to_install(name) or f"there is no launcher '{name}'. There are: {', '.join(options)}."
     return f"no {group} named '{name}'.{suggest(name, options)} `transfer list {group}` shows all."
 
 
@@ -169,6 +172,8 @@ def _bad_key(error: OmegaConfBaseException, chain: Sequence[BaseException]) -> s
         return "an experiment's YAML must begin with the line '# @package _global_'."
     override = re.search(r"Could not override '([^']+)'", said)
     key = override.group(1) if override else key
+    if "is not a ListConfig" in message:
+        return f"{key} is a list: write {key}=[...], with brackets."
     if "not in" not in message:
         return f"{key}: {message}" if key else message
     group, _, last = key.rpartition(".")

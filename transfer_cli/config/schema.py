@@ -126,6 +126,7 @@ class Config:
     force: bool = False
     retry_failed: bool = False
     plugins: list[str] = field(default_factory=list)
+    sinks: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb: where events go besides metrics.jsonl
 
 
 COMPONENTS = (
@@ -158,6 +159,7 @@ OUTSIDE_IDENTITY = (
     "image.memory_limit_mb",
     "trainer.eval_batch_size",
     "features.cache_gb",
+    "sinks",
 )
 
 
