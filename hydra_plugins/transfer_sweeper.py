@@ -1,11 +1,10 @@
-"""The sweeper of `transfer run -m`: Hydra's grid, with points of a search where `sweep=random` asks for them, less the runs that are
-finished. Hydra accepts sweepers from this namespace alone, and imports every module in it at each start, so nothing here
-is heavy; the work is in `transfer_cli.sweep`.
+"""The sweeper of `transfer run -m`: Hydra's grid, with points of a search where `sweep=random` asks for them, less the runs that
+are finished. Hydra accepts sweepers from this namespace alone, and imports every module in it at each start, so nothing here is
+heavy; the work is in `transfer_cli.sweep`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
@@ -22,9 +21,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="transfer", node=Transf
 
 
 class TransferSweeper(BasicSweeper):
-    """`plan`, while it is set, is given the jobs, which are then not run."""
-
-    plan: ClassVar[Callable[[Any], None] | None] = None
+    """A task function that has a method `plan` is given the jobs, and none is run."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
@@ -41,6 +38,5 @@ class TransferSweeper(BasicSweeper):
         assert self.config is not None and self.hydra_context is not None
         loader = self.hydra_context.config_loader
         jobs = jobs_of([*self._parse_config(), *arguments], self.config, loader)
-        if type(self).plan is not None:
-            return type(self).plan(jobs)
-        return launch(self, jobs)
+        plan = getattr(self.task, "plan", None)
+        return launch(self, jobs) if plan is None else plan(jobs)

@@ -35,20 +35,27 @@ def main(argv: list[str]) -> int:
     words = ["retry_failed=true" if a == RETRY else a for a in argv if a not in (*MULTIRUN, "--runs")]
     for word in words:
         if word in ("sweep=optuna", "hydra/sweeper=optuna", "hydra/sweeper=basic"):
-            raise TransferError(f"{word} cannot be planned: its runs are not known before they are run, or not to transfer.")
-    from hydra_plugins.transfer_sweeper import TransferSweeper
-
-    TransferSweeper.plan = staticmethod(lambda jobs: _show(jobs, "--runs" in argv))
-    try:
-        call_hydra(_nothing, ["-m", *words])
-    finally:
-        TransferSweeper.plan = None
+            raise TransferError(
+                f"{word} cannot be planned: its runs are not known before they are run, or not to transfer."
+            )
+    call_hydra(Plan("--runs" in argv), ["-m", *words])
     return 0
 
 
-def _nothing(composed: DictConfig) -> Any:
-    """The task of another sweeper's job."""
-    raise TransferError("this sweep cannot be planned: its sweeper is another than sweep=grid's and sweep=random's.")
+class Plan:
+    """What the sweeper finds in the place of a task to run."""
+
+    def __init__(self, each: bool) -> None:
+        self.each = each
+
+    def __call__(self, composed: DictConfig) -> Any:
+        """Called by another sweeper, for a job."""
+        raise TransferError(
+            "this sweep cannot be planned: its sweeper is another than sweep=grid's and sweep=random's."
+        )
+
+    def plan(self, jobs: Sequence[Job]) -> None:
+        _show(jobs, self.each)
 
 
 def _show(jobs: Sequence[Job], each: bool) -> None:
@@ -136,4 +143,6 @@ def duration(seconds: float) -> str:
     """`42 s`, `3:05`, `2:10:00`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    return time.strftime("%M:%S" if seconds < 3600 else f"{int(seconds // 3600)}:%M:%S", time.gmtime(seconds)).lstrip("0")
+    return time.strftime("%M:%S" if seconds < 3600 else f"{int(seconds // 3600)}:%M:%S", time.gmtime(seconds)).lstrip(
+        "0"
+    )

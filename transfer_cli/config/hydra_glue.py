@@ -31,7 +31,6 @@ from transfer_cli.config.schema import COMPONENTS, Config
 from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.errors import TransferError, suggest
 
-
 NEEDING = {"hydra/sweeper/optuna": "optuna"}  # choices that Hydra has with an extra of ours only
 
 

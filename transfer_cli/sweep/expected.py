@@ -44,7 +44,13 @@ class PastRuns:
                 config = yaml.load(folder.config.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
                 kind = _kind(config, str(result["device"]).partition(":")[0])
                 seconds.setdefault(kind, []).append(sum(result["seconds"].values()))
-            except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):  # a run of another version, or damaged
+            except (
+                OSError,
+                yaml.YAMLError,
+                KeyError,
+                TypeError,
+                AttributeError,
+            ):  # a run of another version, or damaged
                 continue
         return seconds
 
@@ -68,5 +74,10 @@ def _newest(results: Iterable[Path]) -> list[RunFolder]:
 
 def _kind(config: Mapping[str, Any], device: str) -> str:
     """What two runs must have in common for one to tell the other's time."""
-    same = [device, config["backbone"]["name"], *(config[key] for key in DATA), *(config["trainer"][key] for key in WORK)]
+    same = [
+        device,
+        config["backbone"]["name"],
+        *(config[key] for key in DATA),
+        *(config["trainer"][key] for key in WORK),
+    ]
     return json.dumps(same, sort_keys=True, default=str)

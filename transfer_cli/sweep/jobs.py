@@ -53,7 +53,7 @@ class Job:
 
 
 class Composer:
-    """Composes the configurations of many jobs: those that differ in seeds and in components' values only are composed by Hydra once."""
+    """Configurations of many jobs: those that differ in seeds and in components' values only are composed by Hydra once."""
 
     def __init__(self, master: DictConfig, loader: ConfigLoader) -> None:
         self.master, self.loader, self.parser = master, loader, OverridesParser.create(config_loader=loader)

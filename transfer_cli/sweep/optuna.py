@@ -24,7 +24,9 @@ def search_space(composed: DictConfig, trial: Any) -> None:
         raise TransferError(f"sweep=optuna cannot search by selection={config.selection}: {why}.")
     for key in trial.params:
         if "." not in key:
-            raise TransferError(f"sweep=optuna searches one combination: {key} takes one value. sweep=random takes several.")
+            raise TransferError(
+                f"sweep=optuna searches one combination: {key} takes one value. sweep=random takes several."
+            )
     components = resolve_components(config)
     frozen = all(components[g].implementation.frozen_backbone for g in ("method", "then") if g in components)
     taken = {key.lstrip("+") for key in (*trial.user_attrs, *trial.params)}

@@ -79,7 +79,9 @@ def _range(where: str, node: Any) -> Range | Choice:
     known = ("low", "high", "log", "integer")
     for key in node:
         if key not in known:
-            raise TransferError(f"{where} has no key '{key}'.{suggest(str(key), known)} Known keys: {', '.join(known)}.")
+            raise TransferError(
+                f"{where} has no key '{key}'.{suggest(str(key), known)} Known keys: {', '.join(known)}."
+            )
     low, high = node.get("low"), node.get("high")
     log, integer = bool(node.get("log", False)), bool(node.get("integer", False))
     if not _is_number(low) or not _is_number(high) or low > high:
