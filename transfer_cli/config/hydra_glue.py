@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from transfer_cli.config.folders import config_folders, names_in, packaged_folder
+from transfer_cli.config.launchers import what_to_install, written_out
 from transfer_cli.config.schema import COMPONENTS, Config
 from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.errors import TransferError, suggest
@@ -51,7 +52,8 @@ def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
         TransferError: for what the user can mend in the configuration.
     """
     folders = _prepare(arguments)
-    arguments = _keys_of_each_job([f"sweep.{a}" if a.startswith("n=") else a for a in arguments])
+    arguments = written_out([f"sweep.{a}" if a.startswith("n=") else a for a in arguments])
+    arguments = _keys_of_each_job(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands errors on instead of printing them
     sys.argv = ["transfer run", *arguments]
     try:
@@ -159,6 +161,8 @@ def _missing(path: str, options: Sequence[str]) -> str:
     group = group.removeprefix("/") or "config"
     if path.removeprefix("/") in NEEDING:
         return f"{group}={name} needs another package: pip install 'transfer-cli[{NEEDING[path.removeprefix('/')]}]'."
+    if group == "hydra/launcher":
+        return what_to_install(name) or f"there is no launcher '{name}'. There are: {', '.join(options)}."
     return f"no {group} named '{name}'.{suggest(name, options)} `transfer list {group}` shows all."
 
 
