@@ -256,7 +256,7 @@ def test_one_failure_stops_nothing_and_is_counted(transfer: Transfer, tmp_path: 
     assert again.code == 2 and "2 runs: 1 finished, 1 failed" in again.out and "loss term" in again.err
     stamp = next(p for p in (tmp_path / "outputs").rglob("status.json") if "failed" in p.read_text())
     first = stamp.read_text()
-    assert transfer("plan", *sweep, "--retry-failed").out.splitlines()[1].split()[5:8] == ["2", "1", "1"]
+    assert transfer("plan", *sweep, "--retry-failed").out.splitlines()[1].split()[4:8] == ["2", "1", "1", "1"]
     retried = transfer("run", "--retry-failed", *sweep)
     assert retried.code == 2 and stamp.read_text() != first and "failed before" not in retried.err
     refused = transfer("plan", *FAST, "head=logistic", "+method.wieght=1")
