@@ -66,7 +66,9 @@ def main(argv: list[str]) -> int:
     if task.errors and not _is_sweep(argv):
         raise task.errors[0]
     if task.errors:
-        why = [f"{words}: {' '.join(str(error).split())}" for words, error in zip(task.failed, task.errors, strict=True)]
+        why = [
+            f"{words}: {' '.join(str(error).split())}" for words, error in zip(task.failed, task.errors, strict=True)
+        ]
         print(f"transfer: {len(task.errors)} of the sweep's runs failed:", *why, sep="\n  ", file=sys.stderr)
     return 2 if task.errors else 0
 

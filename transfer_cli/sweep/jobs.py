@@ -99,7 +99,8 @@ def _with(config: Config, override: Override) -> Config | None:
     if isinstance(value, dict) or (isinstance(value, str) and "${" in value):
         return None
     if not path:
-        return replace(config, **{head: value}) if type(value) is int else None
+        changed: dict[str, Any] = {head: value}
+        return replace(config, **changed) if type(value) is int else None
     node = copy.deepcopy(getattr(config, head))
     inner = node
     for part in path[:-1]:
@@ -155,11 +156,7 @@ def _points(words: Sequence[str], sweep: Sweep, composer: Composer) -> list[list
     """The points of one job of the grid, as words; where they coincide, the first."""
     try:
         config = composer.config(words)
-        frozen = all(
-            getattr(component.implementation, "frozen_backbone", False)
-            for group, component in resolve_components(config).items()
-            if group in ("method", "then")
-        )
+        frozen = trains_nothing(resolve_components(config))
     except TransferError:
         return [list(words)]  # what is wrong is said once
     taken = {w.lstrip("+").partition("=")[0] for w in words}
@@ -172,6 +169,12 @@ def _points(words: Sequence[str], sweep: Sweep, composer: Composer) -> list[list
         chosen = [] if values is defaults else [_key_word(config, key, value) for key, value in values.items()]
         points.setdefault(content, [*words, *chosen])
     return list(points.values())
+
+
+def trains_nothing(components: Components) -> bool:
+    """Whether all is closed forms on frozen features, so that no optimizer is used."""
+    methods = [components[group].implementation for group in ("method", "then") if group in components]
+    return all(getattr(method, "frozen_backbone", False) for method in methods)
 
 
 def ranges_of(
@@ -249,7 +252,8 @@ def _refuse_another_sweep(jobs: Any, sweep: Sweep) -> None:
 def launch(sweeper: TransferSweeper, jobs: Sequence[Job]) -> list[Any]:
     """Run what is not finished, in one call of the launcher (or in batches of `hydra.sweeper.max_batch_size`); what failed
     before only where that is asked for. Says at the end how many finished."""
-    config, task, launcher = sweeper.config, sweeper.task, sweeper.launcher
+    config, launcher = sweeper.config, sweeper.launcher
+    task: Any = sweeper.task  # `commands.run.Task`
     assert config is not None and launcher is not None
     folder = Path(str(config.hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from transfer_cli.config.compose import resolve_components, typed
 from transfer_cli.errors import TransferError
-from transfer_cli.sweep.jobs import ranges_of
+from transfer_cli.sweep.jobs import ranges_of, trains_nothing
 from transfer_cli.sweep.ranges import Range, word
 
 
@@ -28,7 +28,7 @@ def search_space(composed: DictConfig, trial: Any) -> None:
                 f"sweep=optuna searches one combination: {key} takes one value. sweep=random takes several."
             )
     components = resolve_components(config)
-    frozen = all(components[g].implementation.frozen_backbone for g in ("method", "then") if g in components)
+    frozen = trains_nothing(components)
     taken = {key.lstrip("+") for key in (*trial.user_attrs, *trial.params)}
     for key, range_ in ranges_of(config, "optimizer" if frozen else None, taken)[0].items():
         if not isinstance(range_, Range):

@@ -82,7 +82,8 @@ def _range(where: str, node: Any) -> Range | Choice:
             raise TransferError(
                 f"{where} has no key '{key}'.{suggest(str(key), known)} Known keys: {', '.join(known)}."
             )
-    low, high = node.get("low"), node.get("high")
+    low: Any = node.get("low")
+    high: Any = node.get("high")
     log, integer = bool(node.get("log", False)), bool(node.get("integer", False))
     if not _is_number(low) or not _is_number(high) or low > high:
         raise TransferError(f"{where} needs numbers low <= high, not low={low}, high={high}.")
