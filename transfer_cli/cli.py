@@ -13,6 +13,7 @@ from transfer_cli.errors import TransferError, suggest
 
 COMMANDS = {
     "run": "run one experiment, or a sweep with -m: transfer run method=dann",
+    "plan": "what a sweep would run, and how long it takes: transfer plan method=dann,coral seed=0,1",
     "list": "what there is to choose from: transfer list methods",
     "report": "finished runs as a table: transfer report --format md",
     "reproduce": "a published table, run and compared: transfer reproduce office_caltech_surf",

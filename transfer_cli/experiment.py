@@ -102,6 +102,7 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
         draw_figures(folder)
         for line in result_lines(result, folder.path):
             console.say(line)
+        interrupt.heed()
     return folder
 
 

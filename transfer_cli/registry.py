@@ -68,8 +68,8 @@ def resolve(reference: str, plugins: Sequence[str] = (), where: str = "config") 
     module_name, _, attribute = str(reference).partition(":")
     if not module_name or not attribute:
         raise TransferError(f"{where}: implementation must read 'module:attribute', not '{reference}'.")
-    allowed = [PACKAGE, *plugins, *installed_plugins()]
-    if not any(module_name == a or module_name.startswith(a + ".") for a in allowed):
+    listed = (PACKAGE, *plugins)
+    if not _within(module_name, listed) and not _within(module_name, installed_plugins()):  # which takes milliseconds
         raise TransferError(
             f"{where}: module '{module_name}' is not part of {PACKAGE} or of a plugin; "
             f"list it to allow it: plugins=[{module_name}]"
@@ -87,6 +87,10 @@ def resolve(reference: str, plugins: Sequence[str] = (), where: str = "config") 
         names = [name for name in vars(module) if not name.startswith("_")]
         raise TransferError(f"{where}: module '{module_name}' has no '{attribute}'.{suggest(attribute, names)}")
     return getattr(module, attribute)
+
+
+def _within(module: str, allowed: Sequence[str]) -> bool:
+    return any(module == a or module.startswith(a + ".") for a in allowed)
 
 
 def component(group: str, node: Mapping[str, Any], plugins: Sequence[str] = ()) -> Component:

@@ -14,8 +14,10 @@ from omegaconf import DictConfig
 from transfer_cli.config.compose import typed
 from transfer_cli.config.hydra_glue import call_hydra
 from transfer_cli.errors import TransferError
+from transfer_cli.run_folder import RunFolder, read_json
 
 MULTIRUN = ("-m", "--multirun")
+RETRY = "--retry-failed"  # the flag for retry_failed=true
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
@@ -30,35 +32,53 @@ class Task:
         self.errors: list[Exception] = []
         self.failed: list[str] = []
 
-    def __call__(self, composed: DictConfig) -> None:
+    def __call__(self, composed: DictConfig) -> float | None:
+        """The run's score, for a sweeper that searches; None where it failed or target labels chose its checkpoint."""
+        words = HydraConfig.get().overrides.task
         try:
             from transfer_cli.experiment import run  # torch comes only now: completion and --cfg answer without it
 
-            run(typed(composed), ["transfer", "run", *HydraConfig.get().overrides.task])
+            config, sweeping = typed(composed), HydraConfig.get().mode == RunMode.MULTIRUN
+            if config.sweep.kind != "grid" and not sweeping:
+                raise TransferError(f"sweep={config.sweep.kind} is of many runs: add -m.")
+            return score(run(config, ["transfer", "run", *(w for w in words if not w.startswith("sweep"))]))
         except Exception as error:
-            self.errors.append(error)
-            self.failed.append(" ".join(HydraConfig.get().overrides.task))
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                _tell(error, HydraConfig.get().overrides.task, self.show_traceback)
+                _tell(error, words, self.show_traceback)
                 if HydraConfig.get().launcher._target_ != BASIC_LAUNCHER:
                     raise  # another process: only so does the launcher learn of it
+            self.errors.append(error)
+            self.failed.append(" ".join(words))
+            return None
 
     def failed_elsewhere(self, error: str, overrides: str) -> None:
-        """A launcher's word that a job in another process failed; the launcher has told the user."""
+        """Of a job that failed in another process, or before."""
         self.errors.append(TransferError(error))
         self.failed.append(overrides)
 
 
 def main(argv: list[str]) -> int:
     """Exit status 0, or 2 where a run of a sweep failed; the error of a single run is raised."""
+    argv = ["retry_failed=true" if a == RETRY else a for a in argv]
     argv = sorted(argv, key=lambda a: a not in MULTIRUN)  # to the front: Hydra's parser takes no flag among overrides
     task = Task(os.environ.get("HYDRA_FULL_ERROR") == "1")
     call_hydra(task, argv)
     if task.errors and not _is_sweep(argv):
         raise task.errors[0]
     if task.errors:
-        print(f"transfer: {len(task.errors)} of the sweep's runs failed:", *task.failed, sep="\n  ", file=sys.stderr)
+        why = [
+            f"{words}: {' '.join(str(error).split())}" for words, error in zip(task.failed, task.errors, strict=True)
+        ]
+        print(f"transfer: {len(task.errors)} of the sweep's runs failed:", *why, sep="\n  ", file=sys.stderr)
     return 2 if task.errors else 0
+
+
+def score(folder: RunFolder) -> float | None:
+    """What the selection gave the checkpoint that it chose; None where it has none, or had it of target labels."""
+    selection = (read_json(folder.result) or {}).get("selection", {})
+    if selection.get("uses_target_labels", True) or selection["validator"] == "last":
+        return None
+    return float(selection["score"])
 
 
 def _tell(error: Exception, overrides: Sequence[str], show_traceback: bool) -> None:

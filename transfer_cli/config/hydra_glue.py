@@ -32,6 +32,8 @@ from transfer_cli.config.schema import COMPONENTS, Config
 from transfer_cli.config.torchvision_names import TORCHVISION_NAMES
 from transfer_cli.errors import TransferError, suggest
 
+NEEDING = {"hydra/sweeper/optuna": "optuna"}  # choices that Hydra has with an extra of ours only
+
 
 class OwnFolderFirst(SearchPathPlugin):
     """Hydra appends a user's folder, where a file of a packaged name would be ignored; this puts it before."""
@@ -50,7 +52,8 @@ def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
         TransferError: for what the user can mend in the configuration.
     """
     folders = _prepare(arguments)
-    arguments = _keys_of_each_job(written_out(arguments))
+    arguments = written_out([f"sweep.{a}" if a.startswith("n=") else a for a in arguments])
+    arguments = _keys_of_each_job(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands errors on instead of printing them
     sys.argv = ["transfer run", *arguments]
     try:
@@ -99,6 +102,7 @@ def _keys_of_each_job(arguments: Sequence[str]) -> list[str]:
         override, (key, _, value) = overrides.get(argument), argument.partition("=")
         one = f"{key}=choice({value})"
         alone = override is not None and "." in override.key_or_group and not override.is_sweep_override()
+        alone = alone and not argument.startswith("sweep.")
         found.append(one if alone and read(one) is not None else argument)
     return found
 
@@ -155,6 +159,8 @@ def explain(error: BaseException, folders: Sequence[Path]) -> str | None:
 def _missing(path: str, options: Sequence[str]) -> str:
     group, _, name = path.rpartition("/")
     group = group.removeprefix("/") or "config"
+    if path.removeprefix("/") in NEEDING:
+        return f"{group}={name} needs another package: pip install 'transfer-cli[{NEEDING[path.removeprefix('/')]}]'."
     if group == "hydra/launcher":
         return what_to_install(name) or f"there is no launcher '{name}'. There are: {', '.join(options)}."
     return f"no {group} named '{name}'.{suggest(name, options)} `transfer list {group}` shows all."

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,5 +106,12 @@ def _content(value: Any) -> Any:
     path = Path(str(value)).expanduser()
     if not path.is_file():
         return _plain(value)
+    stat = path.stat()
+    return "sha256:" + _digest(path.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    """Of one state of a file: a sweep asks for it once a run."""
     with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,6 +18,7 @@ STORAGE = ("auto", "memory", "files", "decoded")
 CALIBRATIONS = ("none", "ts", "ts_map", "vector")
 CONFORMAL = ("none", "split", "weighted", "target")
 DOMAIN_BATCHES = ("joint", "separate", "domain_specific")
+SWEEPS = ("grid", "random", "optuna")
 
 
 @dataclass
@@ -79,6 +80,16 @@ class Trainer:
 
 
 @dataclass
+class Sweep:
+    """How `-m` makes its runs; none of them knows."""
+
+    kind: str = "grid"  # grid | random | optuna; set by sweep=NAME
+    n: int | None = None  # points of a search for each combination of the grid; also written n=20
+    seed: int = 0  # of the points
+    default: bool = True  # point 0 is the default configuration
+
+
+@dataclass
 class Config:
     source: dict[str, Any] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +138,7 @@ class Config:
     retry_failed: bool = False
     plugins: list[str] = field(default_factory=list)
     sinks: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb: where events go besides metrics.jsonl
+    sweep: Sweep = field(default_factory=Sweep)
 
 
 COMPONENTS = (
@@ -160,6 +172,10 @@ OUTSIDE_IDENTITY = (
     "trainer.eval_batch_size",
     "features.cache_gb",
     "sinks",
+    "sweep.kind",
+    "sweep.n",
+    "sweep.seed",
+    "sweep.default",
 )
 
 
@@ -176,6 +192,7 @@ def check(config: Config) -> None:
     check_choice(config.image.storage, STORAGE, "image.storage")
     check_choice(config.calibration, CALIBRATIONS, "calibration")
     check_choice(config.conformal, CONFORMAL, "conformal")
+    check_sweep(config.sweep)
     if not 0 < config.conformal_level < 1:
         raise TransferError(f"conformal_level is a share between 0 and 1, not {config.conformal_level}.")
     if not 0 < config.calibration_share <= 1:
@@ -213,3 +230,13 @@ def check(config: Config) -> None:
         raise TransferError(f"bottleneck is a width, at least 1, or null; not {config.bottleneck}.")
     if config.trainer.ema is not None and not 0 < config.trainer.ema < 1:
         raise TransferError(f"trainer.ema is a decay between 0 and 1, not {config.trainer.ema}.")
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Raises:
+    TransferError: naming what does not fit."""
+    check_choice(sweep.kind, SWEEPS, "sweep.kind")
+    if sweep.kind == "grid" and sweep.n is not None:
+        raise TransferError(f"n={sweep.n} counts the points of a search: add sweep=random, or leave it out.")
+    if sweep.n is not None and sweep.n < 1:
+        raise TransferError(f"n is a number of points, at least 1; not {sweep.n}.")

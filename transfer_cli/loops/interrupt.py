@@ -27,6 +27,15 @@ class Interrupt:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def heed(self) -> None:
+        """Leave where a signal came after the last step: this run is finished, the sweep around it is not.
+
+        Raises:
+            SystemExit: 128 and the signal's number.
+        """
+        if self.signal is not None:
+            raise SystemExit(128 + self.signal)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             raise SystemExit(128 + number)
