@@ -470,6 +470,7 @@ def check_latex(text: str, folder: Path) -> None:
 def test_latex_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_seeds(tmp_path, "source_only", BASE, pair=("a_b & c", "50%{x}"))
     write_seeds(tmp_path, "dann", CLEAR, pair=("a_b & c", "50%{x}"))
+    write_seeds(tmp_path, "mcc", [0.5, 0.4, 0.5, 0.5], pair=("a_b & c", "50%{x}"))
     write_seeds(
         tmp_path,
         "coral",
