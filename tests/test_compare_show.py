@@ -109,7 +109,7 @@ def test_show_a_finished_run(
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "a", config={"calibration": "ts"})
     write_looks(run, [{"im": 1.0, "snd": 9.0}, {"im": 3.0, "snd": 1.0}], [0.93, 0.90])
-    write_json(run / "validators.json", {"reverse": 0.77})
+    write_json(run / "validators.json", {"scores": {"reverse": 0.77}})
     command = ["transfer", "run", "method=dann", "subset.target_classes=[0,1]", "source.path=a b.npz"]
     write_json(run / "manifest.json", {"command": command, "transfer": "0.1.0", "threads": 2})
     assert show.main(["a"]) == 0

@@ -381,7 +381,7 @@ def test_runs_without_the_score_are_told(tmp_path: Path, capsys: pytest.CaptureF
 def test_scores_that_were_computed_afterwards_choose_too(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     for name, score in {"light0": 0.8, "light1": 0.9, "heavy0": 0.1, "heavy1": 0.2}.items():
-        write_json(tmp_path / name / "validators.json", {"reverse": score})
+        write_json(tmp_path / name / "validators.json", {"scores": {"reverse": score}})
     (record, *_) = collect([tmp_path / "light0"])
     assert record.run is not None and record.run.scores["reverse"] == 0.8
     table = table_of(tmp_path, "reverse")

@@ -28,11 +28,11 @@ class RunFolder:
     status = property(lambda self: self.path / "status.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     result = property(lambda self: self.path / "result.json")
+    validators = property(lambda self: self.path / "validators.json")
     predictions = property(lambda self: self.path / "predictions.npz")
     features = property(lambda self: self.path / "features.npz")
     examples = property(lambda self: self.path / "examples.npz")
     checkpoints = property(lambda self: self.path / "checkpoints")
-    validators = property(lambda self: self.path / "validators.json")  # scores that were computed afterwards
     calibration = property(lambda self: self.path / "checkpoints" / "calibration.pt")
     figures = property(lambda self: self.path / "figures")
     log = property(lambda self: self.path / "run.log")

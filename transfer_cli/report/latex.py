@@ -80,6 +80,7 @@ def tabular(caption: str, label: str, header: Sequence[str], rows: Sequence[Sequ
             r"\centering\small",
             f"\\caption{{{caption}}}",
             f"\\label{{tab:{label}}}",
+            r"\medskip",
             f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule",
             f"{' & '.join(header)} \\\\",

@@ -139,7 +139,7 @@ def _run(folder: RunFolder, time: str, result: Mapping[str, Any], config: Mappin
         seeds=tuple(result[key] for key in SEEDS),
         figure=100 * figure if result["kind"] == "classification" else figure,
         settings=settings,
-        scores={**result.get("validators", {}), **later},
+        scores={**result.get("validators", {}), **later.get("scores", {})},
         figures=result["metrics"]["target_test"],
         warnings=tuple(warning["text"] for warning in result.get("health", {}).get("warnings", ())),
         step=selection["step"],
