@@ -32,6 +32,7 @@ class RunFolder:
     features = property(lambda self: self.path / "features.npz")
     examples = property(lambda self: self.path / "examples.npz")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    validators = property(lambda self: self.path / "validators.json")  # scores that were computed afterwards
     calibration = property(lambda self: self.path / "checkpoints" / "calibration.pt")
     figures = property(lambda self: self.path / "figures")
     log = property(lambda self: self.path / "run.log")

@@ -49,15 +49,20 @@ def method_label(components: Mapping[str, Component]) -> str:
 
 
 def label(dataset: Component | None) -> str:
-    """What a data set is called in folders and tables: its name, and its domain where it has several."""
-    if dataset is None:
+    """What a data set is called in folders and tables."""
+    return dataset_label(None, {}) if dataset is None else dataset_label(dataset.name, dataset.parameters)
+
+
+def dataset_label(name: str | None, parameters: Mapping[str, Any]) -> str:
+    """Its name, and its domain where it has several; `none` where there is none."""
+    if name is None:
         return "none"
-    domain, path = dataset.parameters.get("domain"), dataset.parameters.get("path")
+    domain, path = parameters.get("domain"), parameters.get("path")
     if domain is not None:
-        return f"{dataset.name}_{domain}"
+        return f"{name}_{domain}"
     # The general readers' own names say nothing; what they read does.
-    general = dataset.name in ("arrays", "image_folder", "table", "sequences")
-    return Path(path).stem if general and isinstance(path, str) and path else dataset.name
+    general = name in ("arrays", "image_folder", "table", "sequences")
+    return Path(path).stem if general and isinstance(path, str) and path else name
 
 
 def component_content(component: Component) -> dict[str, Any]:
