@@ -43,7 +43,18 @@ def details(folder: RunFolder, baseline: RunFolder | None, how: str = "pca") -> 
     result = read_json(folder.result)
     if damage(result):
         return content | {"log": _log(folder)}
-    kept = ("metrics", "selection", "validators", "seconds", "steps", "parameters", "classes", "setting", "kind", "device")
+    kept = (
+        "metrics",
+        "selection",
+        "validators",
+        "seconds",
+        "steps",
+        "parameters",
+        "classes",
+        "setting",
+        "kind",
+        "device",
+    )
     content |= {key: _plain(result.get(key)) for key in kept}
     for key in ("health", "calibration", "conformal", "fit"):
         if result.get(key):
@@ -226,7 +237,7 @@ def _regression(own: Arrays, base: Arrays) -> dict[str, Any]:
     for t in range(min(labels.shape[1], OUTPUTS)):
         true, guess, spread = labels[:, t], mean[:, t], sigma[:, t]
         order = np.argsort(true, kind="stable")[shown]  # spread evenly over the true values
-        output = {
+        output: dict[str, Any] = {
             "points": _rows(true[order], guess[order], NORMAL_95 * spread[order]),
             "rmse": rounded(_rmse(true, guess)),
             "bias": rounded(float((true - guess).mean())),

@@ -13,21 +13,17 @@ from typing import Any
 from transfer_cli.report.html.details import rounded
 from transfer_cli.report.negative import TRAINED, baseline_runs
 from transfer_cli.report.runs import SEEDS, Record, Run
-from transfer_cli.report.tables import Table, _value as written
+from transfer_cli.report.selection import written
+from transfer_cli.report.tables import Pair, Row, Table
 from transfer_cli.run_folder import HEADLINE, RunFolder, read_json
 
 
 def describe(tables: Sequence[Table], records: Sequence[Record]) -> dict[str, Any]:
     """`runs`: an entry each, in the order of `records`; `base`: the commonest value of every key of the configurations, of which
     an entry's `config` tells what differs, None what is missing."""
-    known = {record.path: record.run or getattr(record, 'asked', None) for record in records}
-    cells = {
-        run.path: (f"{i}.{table.rows.index(row)}.{table.pairs.index(pair)}", str(row), run)
-        for i, table in enumerate(tables)
-        for (row, pair), cell in table.cells.items()
-        for run in cell.runs
-    }
-    entries = [_entry(record, known[record.path], cells.get(record.path)) for record in records]
+    known = {record.path: record.run or record.asked for record in records}
+    places = _places(tables)
+    entries = [_entry(record, known[record.path], places.get(record.path)) for record in records]
     _name_apart(entries)
     _compare(entries, records)
     base = _commonest([entry["config"] for entry in entries])
@@ -38,7 +34,20 @@ def describe(tables: Sequence[Table], records: Sequence[Record]) -> dict[str, An
     return {"base": base, "runs": entries}
 
 
-def _entry(record: Record, run: Run | None, cell: tuple[str, str, Run] | None) -> dict[str, Any]:
+def _places(tables: Sequence[Table]) -> dict[Path, tuple[str, str, Row, Pair]]:
+    """Where the tables show a run: kind, cell, row and pair."""
+    found = {}
+    for i, table in enumerate(tables):
+        rows, pairs = ({one: k for k, one in enumerate(of)} for of in (table.rows, table.pairs))
+        for key in [*table.cells, *table.missing]:
+            paths = [run.path for run in table.cells[key].runs] if key in table.cells else []
+            paths += [record.path for records in table.missing.get(key, ()) for record in records]
+            for path in paths:
+                found[path] = (table.kind, f"{i}.{rows[key[0]]}.{pairs[key[1]]}", *key)
+    return found
+
+
+def _entry(record: Record, run: Run | None, place: tuple[str, str, Row, Pair] | None) -> dict[str, Any]:
     folder = RunFolder(record.path)
     manifest = read_json(folder.manifest) or {}
     common: Mapping[str, Any] = run.settings[""] if run is not None else {}
@@ -47,8 +56,8 @@ def _entry(record: Record, run: Run | None, cell: tuple[str, str, Run] | None) -
         "state": record.state,
         "error": record.error,
         "kind": "",
-        "name": run.method if run is not None else record.path.name,
-        "method": run.method if run is not None else "",
+        "method": run.method if run is not None else record.path.name,
+        "told": "",
         "pair": list(run.pair) if run is not None else [record.path.parent.name],
         "backbone": str(common.get("backbone", "")),
         "setting": _setting(common),
@@ -70,8 +79,9 @@ def _entry(record: Record, run: Run | None, cell: tuple[str, str, Run] | None) -
         entry["kind"], entry["figures"] = record.run.kind, {k: _number(v) for k, v in record.run.figures.items()}
         entry["figure"] = entry["figures"].get(HEADLINE[record.run.kind])
         entry["seconds"], entry["time"] = result.get("seconds", {}).get("fit"), record.run.time.replace("T", " ")[:16]
-    if cell is not None:
-        entry["cell"], entry["name"], entry["pair"] = cell[0], cell[1], list(cell[2].pair)
+    if place is not None:
+        entry["kind"], entry["cell"], row, pair = place
+        entry["told"], entry["pair"] = " ".join(row.told), list(pair)
     return entry
 
 
@@ -136,8 +146,12 @@ def _compare(entries: Sequence[dict[str, Any]], records: Sequence[Record]) -> No
 def _differences(run: Run, other: Run) -> list[str]:
     """The keys that both have, with different values, but for the method's own."""
     ours, theirs = _config(run), _config(other)
-    return sorted(k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k] and k.partition(".")[0] not in ("method", "then"))
+    return sorted(
+        k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k] and k.partition(".")[0] not in ("method", "then")
+    )
 
 
 def _told(keys: Sequence[str], most: int = 4) -> str:
-    return "" if not keys else ", ".join(keys[:most]) + (f" and {len(keys) - most} more keys" if len(keys) > most else "")
+    return (
+        "" if not keys else ", ".join(keys[:most]) + (f" and {len(keys) - most} more keys" if len(keys) > most else "")
+    )

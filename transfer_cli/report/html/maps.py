@@ -30,7 +30,9 @@ def feature_map(path: Path, how: str = "pca") -> dict[str, Any] | None:
             parts = [(s, arrays[s], arrays[f"{s}_labels"]) for s in ("source_test", "target_test") if s in arrays.files]
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
-    few = [(name, *(a[np.linspace(0, len(a) - 1, min(POINTS, len(a))).astype(int)] for a in two)) for name, *two in parts]
+    few = [
+        (name, *(a[np.linspace(0, len(a) - 1, min(POINTS, len(a))).astype(int)] for a in two)) for name, *two in parts
+    ]
     features = np.concatenate([f.reshape(len(f), -1) for _, f, _ in few]).astype(float) if few else np.zeros((0, 0))
     if len(features) < 3 or not np.isfinite(features).all():
         return None

@@ -49,7 +49,8 @@ const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "
 const pairOf = (run) => run.pair.join(" → ");
 const seedOf = (run) => (run.seed[1] ? `${run.seed[0]}, data ${run.seed[1]}` : String(run.seed[0] ?? "–"));
 const figureOf = (run) => (run.figure === null ? "" : run.kind === "classification" ? percent(run.figure) : `RMSE ${number(run.figure)}`);
-const link = (run, text) => h("a", { href: `#run/${encodeURIComponent(run.id)}` }, text ?? run.name);
+const fullName = (run) => [run.method, run.told].filter(Boolean).join(" ");
+const link = (run, text) => h("a", { href: `#run/${encodeURIComponent(run.id)}` }, text ?? run.method);
 
 /* ---------- theme ---------- */
 const THEMES = ["auto", "light", "dark"];
@@ -103,10 +104,36 @@ function applyFilters() {
       row.hidden = !some;
     }
     const shownRows = $$("tbody tr", table).filter((row) => !row.hidden).length;
-    table.closest(".scroll").hidden = shownRows === 0;
+    table.closest("section").hidden = shownRows === 0;
   }
   $("output", filters).textContent = `${plural(kept.length, "run")} of ${runs.length.toLocaleString("en")}`;
   listing?.update(kept);
+}
+
+/* ---------- another figure in the static tables ---------- */
+function chooseFigure(table) {
+  if (table.dataset.select) return; // its checkpoints are not those of the runs' final figures
+  const some = runs.filter((run) => run.kind === table.dataset.kind && run.state === "finished");
+  const head = table.dataset.kind === "classification" ? "accuracy" : "rmse";
+  const keys = [...new Set(some.flatMap((run) => Object.keys(run.figures)))].filter((key) => key !== head);
+  if (!keys.length) return;
+  const cells = $$("td[data-runs]", table).map((cell) => ({ cell, content: [...cell.childNodes], value: cell.dataset.value, best: cell.classList.contains("best") }));
+  const summaries = $$("tbody td:not([data-pair]), thead th:not([data-pair]):not(:first-child)", table);
+  const choice = h("select", { onchange: () => {
+    const key = choice.value, plain = key === head;
+    for (const one of summaries) one.hidden = !plain;
+    for (const { cell, content, value, best } of cells) {
+      cell.classList.toggle("best", best && plain);
+      if (plain) { cell.replaceChildren(...content); if (value !== undefined) cell.dataset.value = value; continue; }
+      const numbers = cell.dataset.runs.split(" ").map((i) => runs[i].figures[key]).filter((v) => v !== null && v !== undefined);
+      const mean = numbers.reduce((a, b) => a + b, 0) / numbers.length, std = Math.sqrt(numbers.reduce((a, b) => a + (b - mean) ** 2, 0) / (numbers.length - 1));
+      cell.dataset.value = numbers.length ? mean : "";
+      const write = (v) => (PERCENT.has(key) ? (100 * v).toFixed(1) : shown(key, v));
+      cell.replaceChildren(h("a", { href: content.find((node) => node.href).getAttribute("href") }, numbers.length ? `${write(mean)}${numbers.length > 1 ? ` ± ${write(std)}` : ""} (${numbers.length})` : "–"));
+    }
+    table.dispatchEvent(new Event("figure"));
+  } }, [head, ...keys].map((key) => h("option", { value: key }, nameOf(key) + (PERCENT.has(key) ? ", %" : ""))));
+  table.closest("section").insertBefore(h("div", { class: "toolbar" }, h("label", { class: "field" }, "Figure", choice)), table.closest(".scroll"));
 }
 
 /* ---------- sorting of the static tables ---------- */
@@ -123,11 +150,15 @@ function makeSortable(table) {
       $$("thead th", table).forEach((other) => other.removeAttribute("aria-sort"));
       if (next === null) return void body.append(...first); // the third press: the order it had
       head.setAttribute("aria-sort", next);
-      const sign = next === "ascending" ? 1 : -1;
+      sortRows();
+    });
+    table.addEventListener("figure", () => { if (head.hasAttribute("aria-sort")) sortRows(); });
+    function sortRows() {
+      const sign = head.getAttribute("aria-sort") === "ascending" ? 1 : -1;
       const key = (row) => { const cell = row.children[column]; const v = cell.dataset.value;
         return v === undefined || v === "" ? (cell.matches("th") ? cell.textContent : null) : Number(v); };
       body.append(...[...first].sort((a, b) => compare(key(a), key(b), sign)));
-    });
+    }
   });
 }
 function compare(a, b, sign) { // what is missing comes last
@@ -142,11 +173,12 @@ let listing = null;
 const picked = [];
 function listOfRuns(where, everything) {
   const columns = [
-    ["compare", (r) => h("input", { type: "checkbox", "aria-label": `compare ${r.name} seed ${seedOf(r)}`, checked: picked.includes(r.id),
+    ["compare", (r) => h("input", { type: "checkbox", "aria-label": `compare ${r.id}`, checked: picked.includes(r.id),
       onchange: (event) => pick(r.id, event.target) }), null, "pick plain"],
-    ["run", (r) => [link(r), r.warnings.length ? h("span", { class: "badge warned", title: r.warnings.join("\n") }, `⚠ ${r.warnings.length}`) : null,
+    ["run", (r) => [link(r), " ", r.oracle ? h("span", { class: "badge" }, "oracle") : null, r.warnings.length ? h("span", { class: "badge warned", title: r.warnings.join("\n") }, `⚠ ${r.warnings.length}`) : null,
       r.state === "finished" ? null : h("span", { class: `badge ${r.state}` }, r.state),
-      r.error ? h("div", { class: "small bad" }, r.error) : null], (r) => r.name, "plain"],
+      r.told ? h("div", { class: "faint small" }, r.told) : null,
+      r.error ? h("div", { class: "small bad" }, r.error) : null], fullName, "plain wide"],
     ["pair", pairOf, pairOf, ""],
     ["backbone", (r) => r.backbone, (r) => r.backbone, ""],
     ["seed", seedOf, (r) => r.seed[0] * 1e6 + r.seed[1], "n"],
@@ -191,12 +223,12 @@ const tray = h("div", { id: "chosen", hidden: true, role: "status" });
 function pick(id, box) {
   if (box.checked) picked.push(id); else picked.splice(picked.indexOf(id), 1);
   if (picked.length > 2) { const dropped = picked.shift(); drawTray(); $$(`input[type=checkbox]`, overview).forEach((other) => {
-    if (other.getAttribute("aria-label") === `compare ${byId.get(dropped).name} seed ${seedOf(byId.get(dropped))}` && other !== box) other.checked = false; }); }
+    if (other.getAttribute("aria-label") === `compare ${dropped}` && other !== box) other.checked = false; }); }
   drawTray();
 }
 function drawTray() {
   tray.hidden = picked.length === 0;
-  const names = picked.map((id) => `${byId.get(id).name} seed ${seedOf(byId.get(id))}`);
+  const names = picked.map((id) => `${byId.get(id).method} seed ${seedOf(byId.get(id))}`);
   tray.replaceChildren(names.join(" and "), " ", picked.length === 2
     ? h("a", { href: `#diff/${picked.map(encodeURIComponent).join("/")}` }, "compare the two") : h("span", { class: "faint" }, "choose one more"));
 }
@@ -247,7 +279,7 @@ function plot(series, options) {
     const sx = (v) => left + ((v - x0) / (x1 - x0)) * (w - left - right);
     const sy = (v) => top + (1 - (log ? Math.log(v / y0) / Math.log(y1 / y0) : (v - y0) / (y1 - y0))) * (height - top - bottom);
     const svg = s("svg", { width: w, height, viewBox: `0 0 ${w} ${height}`, role: "img", "aria-label": options.label || `${options.y || ""} against ${options.x || ""}` });
-    for (const v of log ? logTicks(y0, y1) : ticksOf(y0, y1, Math.max(2, Math.floor(height / 48))))
+    for (const v of log ? logTicks(y0, y1) : ticksOf(y0, y1, Math.max(2, Math.floor(height / 42))))
       svg.append(s("g", { class: "tick" }, s("line", { class: "gridline", x1: left, x2: w - right, y1: sy(v), y2: sy(v) }),
         s("text", { x: left - 6, y: sy(v) + 4, "text-anchor": "end" }, number(v, 3))));
     for (const v of ticksOf(x0, x1, Math.max(2, Math.floor(w / 90))))
@@ -266,9 +298,9 @@ function plot(series, options) {
         svg.append(s("line", { x1: sx(x), x2: sx(x), y1: sy(y - half), y2: sy(y + half), style: `stroke:${one.colour};stroke-width:1;opacity:.3` }));
       if (one.line !== false) svg.append(s("path", { d: points.map(([x, y], i) => `${i ? "L" : "M"}${sx(x).toFixed(1)} ${sy(y).toFixed(1)}`).join(""),
         style: `fill:none;stroke:${one.colour};stroke-width:${one.width || 1.6};stroke-linejoin:round${one.dash ? `;stroke-dasharray:${one.dash}` : ""}` }));
-      if (one.dots || points.length === 1) for (const [x, y] of points)
-        svg.append(s("circle", { cx: sx(x).toFixed(1), cy: sy(y).toFixed(1), r: one.dots === true || !one.dots ? 2.6 : one.dots,
-          style: one.hollow ? `fill:var(--bg);stroke:${one.colour};stroke-width:2` : `fill:${one.colour}` }));
+      if (one.dots || points.length === 1) for (const [x, y, , radius] of points)
+        svg.append(s("circle", { cx: sx(x).toFixed(1), cy: sy(y).toFixed(1), r: radius || (one.dots === true || !one.dots ? 2.6 : one.dots),
+          style: `fill:${one.colour}${radius ? ";fill-opacity:.75" : ""}` }));
     }
     if (options.hover === false) return svg;
     const readout = h("div", { class: "readout" }), cursor = s("line", { class: "phase", y1: top, y2: height - bottom, visibility: "hidden" });
@@ -287,7 +319,7 @@ function plot(series, options) {
 }
 function legend(series) {
   return h("div", { class: "legend" }, series.filter((one) => one.name).map((one) => h("span", {},
-    h("i", { class: [one.line === false ? "dot" : "", one.line === false && !one.hollow ? "filled" : "", one.dash ? "dashed" : ""].join(" "), style: `color:${one.colour};border-color:${one.colour}` }), one.name)));
+    h("i", { class: [one.line === false ? "dot" : "", one.line === false ? "filled" : "", one.dash ? "dashed" : ""].join(" "), style: `color:${one.colour};border-color:${one.colour}` }), one.name)));
 }
 const palette = (i) => `var(--c${i % 7})`;
 const hue = (i, k) => `hsl(${Math.round((360 * i) / k + (i % 2) * 8)} ${i % 2 ? 55 : 78}% var(--l))`;
@@ -315,7 +347,7 @@ const note = (...text) => h("p", { class: "faint small" }, ...text);
 async function showRun(run) {
   const base = run.baseline === null ? null : runs[run.baseline];
   const head = [h("p", { class: "small" }, h("a", { href: "#runs" }, "← all runs")),
-    h("h1", {}, `${run.name}, seed ${seedOf(run)}`),
+    h("h1", {}, `${run.method}, seed ${seedOf(run)}`), run.told ? h("p", { class: "faint small" }, run.told) : null,
     h("p", {}, pairOf(run), " ", h("span", { class: "faint" }, `· ${run.backbone} · ${run.setting} · ${run.path}`)),
     h("p", {}, h("span", { class: `badge ${run.state}` }, run.state), " ", h("span", { class: "faint small" }, [run.time, run.seconds === null ? "" : `fit in ${seconds(run.seconds)}`].filter(Boolean).join(" · "))),
     run.error ? h("div", { class: "box failed" }, h("strong", {}, "It failed. "), run.error) : null,
@@ -336,7 +368,7 @@ async function showRun(run) {
 
 function figures(run, base, d) {
   if (!d.metrics) return [];
-  const rows = [["source test", d.metrics.source_test], ["target test", d.metrics.target_test], base ? [`target test, ${base.name}`, base.figures, base] : null].filter((row) => row && row[1]);
+  const rows = [["source test", d.metrics.source_test], ["target test", d.metrics.target_test], base ? [`target test, ${base.method}`, base.figures, base] : null].filter((row) => row && row[1]);
   const keys = Object.keys(d.metrics.target_test);
   const table = h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, ""), keys.map((key) => h("th", { scope: "col", class: "n" }, nameOf(key))))),
     h("tbody", {}, rows.map(([name, values, other]) => h("tr", {}, h("th", { scope: "row" }, other ? link(other, name) : name), keys.map((key) => h("td", { class: "n" }, shown(key, values[key])))))));
@@ -352,7 +384,7 @@ function figures(run, base, d) {
     ? `; target labels would have chosen step ${sel.oracle.step.toLocaleString("en")} (${run.kind === "classification" ? percent(sel.oracle.score) : `RMSE ${number(-sel.oracle.score)}`})` : "";
   return [section("Figures", h("div", { class: "scroll" }, table),
     note(`Checkpoint: step ${sel.step.toLocaleString("en")}, ${how}${oracle}.`),
-    base ? note("Compared with ", link(base, `${base.name}, seed ${seedOf(base)}`), run.compared ? `, which differs also in ${run.compared}.` : ", the same setting and seed without transfer.", " ", h("a", { href: `#diff/${encodeURIComponent(base.id)}/${encodeURIComponent(run.id)}` }, "Config difference")) : null)];
+    base ? note("Compared with ", link(base, `${base.method}, seed ${seedOf(base)}`), run.compared ? `, which differs also in ${run.compared}.` : ", the same setting and seed without transfer.", " ", h("a", { href: `#diff/${encodeURIComponent(base.id)}/${encodeURIComponent(run.id)}` }, "Config difference")) : null)];
 }
 
 function learning(run, d) {
@@ -405,18 +437,18 @@ function classification(run, base, d) {
   const matrices = Object.keys(d.matrices);
   if (matrices.length) {
     const holder = h("div");
-    const choice = h("select", { onchange: () => holder.replaceChildren(matrix(d.matrices[choice.value], name, base && choice.value.endsWith("baseline") ? base.name : "")) },
-      matrices.map((key) => h("option", { value: key }, key.replace("baseline", base ? base.name : "baseline"))));
+    const choice = h("select", { onchange: () => holder.replaceChildren(matrix(d.matrices[choice.value], name, base && choice.value.endsWith("baseline") ? base.method : "")) },
+      matrices.map((key) => h("option", { value: key }, key.replace("baseline", base ? base.method : "baseline"))));
     holder.append(matrix(d.matrices[matrices[0]], name));
     out.push(section("Confusion matrix", h("div", { class: "toolbar" }, h("label", { class: "field" }, "Shown", choice)), holder,
       d.confused.length ? h("details", {}, h("summary", {}, "Commonest mistakes on the target"), confusedList(d, name)) : null));
   } else out.push(section("Commonest mistakes on the target", note(`${d.classes.length} classes: too many for a matrix.`), confusedList(d, name)));
   out.push(section("Reliability", h("div", { class: "grid" },
-    h("div", {}, h("h3", {}, "Accuracy against confidence"), plot(d.reliability.map((one) => ({ name: `${one.name}, ECE ${shown("ece", one.ece)}`, points: one.bins.map(([c, a]) => [c, a]),
+    h("div", {}, h("h3", {}, "Accuracy against confidence"), plot(d.reliability.map((one) => ({ name: `${one.name}, ECE ${shown("ece", one.ece)}`, points: one.bins.map(([c, a, share]) => [c, a, null, 2 + 9 * Math.sqrt(share)]),
       colour: one.domain === "target" ? palette(1) : palette(0), dash: one.before ? "2 3" : null, dots: 3 })), { x: "confidence", y: "accuracy", xRange: [0, 1], yRange: [0, 1], diagonal: true, square: true, hover: false, label: "Reliability diagram" })),
     h("div", {}, h("h3", {}, "Errors among the surest"), plot(d.reliability.filter((one) => !one.before).map((one) => ({ name: `${one.name}, AURC ${shown("aurc", one.aurc)}`, points: one.risk.map(([k, e]) => [100 * k, 100 * e]),
       colour: one.domain === "target" ? palette(1) : palette(0) })), { x: "samples kept, the surest first, %", y: "errors, %", zero: true, square: true, hover: false, label: "Risk and coverage" }))),
-    note("On the diagonal, confidence is as often right as it says; below it, the model is too sure.")));
+    note("On the diagonal, confidence is as often right as it says; below it, the model is too sure. The larger a dot, the more samples it stands for.")));
   out.push(...perClass(d, base, name));
   out.push(...changes(d, base, name));
   return out;
@@ -471,11 +503,11 @@ function perClass(d, base, name) {
     });
     return svg;
   });
-  return [section(compared ? "Gains and losses by class" : "By class", compared ? h("div", { class: "legend" }, h("span", {}, h("i", { class: "dot", style: "color:var(--faint)" }), base.name), h("span", {}, h("i", { class: "dot filled good" }), "this run, better"), h("span", {}, h("i", { class: "dot filled bad" }), "worse")) : null,
+  return [section(compared ? "Gains and losses by class" : "By class", compared ? h("div", { class: "legend" }, h("span", {}, h("i", { class: "dot", style: "color:var(--faint)" }), base.method), h("span", {}, h("i", { class: "dot filled good" }), "this run, better"), h("span", {}, h("i", { class: "dot filled bad" }), "worse")) : null,
     rows.length > some.length ? note(`The first and the last 20 of ${rows.length} classes.`) : null, drawing)];
 }
 function changes(d, base, name) {
-  if (!d.changes) return base && d.comparable === false ? [section("What changed", note(`The target test sets of this run and of ${base.name} are not the same, so that samples cannot be compared.`))] : [];
+  if (!d.changes) return base && d.comparable === false ? [section("What changed", note(`The target test sets of this run and of ${base.method} are not the same, so that samples cannot be compared.`))] : [];
   const { counts } = d.changes, total = Object.values(counts).reduce((a, b) => a + b, 0);
   const kinds = [["both_right", "right in both", "var(--c6)", 0.35], ["gained", "wrong → right", "var(--good)", 1], ["lost", "right → wrong", "var(--bad)", 1], ["both_wrong", "wrong in both", "var(--c6)", 0.8]];
   const bar = h("div", { class: "split", role: "img", "aria-label": kinds.map(([key, word]) => `${word} ${counts[key]}`).join(", ") },
@@ -484,12 +516,12 @@ function changes(d, base, name) {
   const gallery = (key, title) => {
     const some = d.changes[key], all = counts[key];
     return h("div", {}, h("h3", { class: key === "gained" ? "good" : "bad" }, `${title} (${all.toLocaleString("en")})`),
-      some.length ? h("ul", { class: "pictures" }, some.map((one) => h("li", {}, one.image ? h("img", { src: one.image, alt: `${one.id}: ${name(one.label)}`, loading: "lazy" }) : h("code", {}, one.id),
+      some.length ? h("ul", { class: "pictures" }, some.map((one) => h("li", {}, one.image ? h("img", { src: one.image, alt: `${one.id}: ${name(one.label)}` }) : h("code", {}, one.id),
         h("div", {}, h("strong", {}, name(one.label))), h("div", { class: "faint", title: one.id }, `${name(one.before[0])} ${percent(one.before[1], 0)} → ${name(one.after[0])} ${percent(one.after[1], 0)}`))))
         : note(all ? `None of them is among the ${d.changes.pictures} samples whose images are kept.` : "None."));
   };
-  return [section(`Samples that changed against ${base.name}`, bar, words, gallery("gained", "Wrong → right"), gallery("lost", "Right → wrong"),
-    note(d.changes.pictures ? `Examples among the ${d.changes.pictures} target test samples whose images a run keeps. ` : "", `In bold the true class; below it what ${base.name} said and what this run says, with their probabilities.`))];
+  return [section(`Samples that changed against ${base.method}`, bar, words, gallery("gained", "Wrong → right"), gallery("lost", "Right → wrong"),
+    note(d.changes.pictures ? `Examples among the ${d.changes.pictures} target test samples whose images a run keeps. ` : "", `In bold the true class; below it what ${base.method} said and what this run says, with their probabilities.`))];
 }
 
 /* ---------- regression ---------- */
@@ -501,8 +533,8 @@ function regression(d, base) {
       h("div", {}, h("h3", {}, "Predicted against true"), plot([{ name: "mean and 95 % interval", points: o.points, colour: palette(0), line: false, dots: 2.2, bars: true }], { x: "true", y: "predicted", xRange: ends, diagonal: true, hover: false, square: true })),
       h("div", {}, h("h3", {}, "Residuals"), plot([{ name: `true − predicted, mean ${number(o.bias, 3)}`, points: o.points.map(([a, b]) => [b, a - b]), colour: palette(1), line: false, dots: 2.2 }], { x: "predicted", y: "residual", zeroLine: true, zero: true, hover: false, square: true })),
       h("div", {}, h("h3", {}, "Intervals: coverage"), plot([{ name: "this run", points: o.coverage.map(([a, b]) => [100 * a, 100 * b]), colour: palette(0), dots: 2.4 },
-        ...(o.base_coverage ? [{ name: base.name, points: o.base_coverage.map(([a, b]) => [100 * a, 100 * b]), colour: palette(6), dash: "4 3" }] : [])], { x: "stated level, %", y: "true values inside, %", xRange: [0, 100], yRange: [0, 100], diagonal: true, square: true, hover: false }))),
-      note(`RMSE ${number(o.rmse)}${o.base_rmse === undefined ? "" : ` (${base.name}: ${number(o.base_rmse)}; nearer to the truth for ${percent(o.closer)} of the samples)`}. Mean width of 95 % intervals ${number(o.width)}; of the labels' own spread alone ${number(o.plain_width)}.`,
+        ...(o.base_coverage ? [{ name: base.method, points: o.base_coverage.map(([a, b]) => [100 * a, 100 * b]), colour: palette(6), dash: "4 3" }] : [])], { x: "stated level, %", y: "true values inside, %", xRange: [0, 100], yRange: [0, 100], diagonal: true, square: true, hover: false }))),
+      note(`RMSE ${number(o.rmse)}${o.base_rmse === undefined ? "" : ` (${base.method}: ${number(o.base_rmse)}; nearer to the truth for ${percent(o.closer)} of the samples)`}. Mean width of 95 % intervals ${number(o.width)}; of the labels' own spread alone ${number(o.plain_width)}.`,
         o.conformal ? ` Conformal intervals hold ${percent(o.conformal[0])} at a mean width of ${number(o.conformal[1])}.` : "",
         d.samples > o.points.length ? ` ${o.points.length} of ${d.samples.toLocaleString("en")} samples are drawn.` : ""));
   });
@@ -510,7 +542,7 @@ function regression(d, base) {
 
 /* ---------- feature maps ---------- */
 function maps(run, base, d) {
-  const found = [["before", base && base.id !== run.id ? `Before: features of ${base.name}` : "Before"], ["after", `After: features of ${run.method}`]].filter(([key]) => d.maps && d.maps[key]);
+  const found = [["before", base && base.id !== run.id ? `Before: features of ${base.method}` : "Before"], ["after", `After: features of ${run.method}`]].filter(([key]) => d.maps && d.maps[key]);
   if (!found.length) return [];
   const byClass = run.kind === "classification", holder = h("div", { class: "grid" });
   const values = found.flatMap(([key]) => d.maps[key].labels), most = Math.max(...values), least = Math.min(...values);
@@ -569,7 +601,7 @@ function configOf(run) {
   return config;
 }
 function showDiff(first, second) {
-  const option = (id) => runs.map((run) => h("option", { value: run.id, selected: run.id === id }, `${run.name}, ${pairOf(run)}, seed ${seedOf(run)}${run.state === "finished" ? "" : ` (${run.state})`}`));
+  const option = (id) => runs.map((run) => h("option", { value: run.id, selected: run.id === id }, `${fullName(run)}, ${pairOf(run)}, seed ${seedOf(run)}${run.state === "finished" ? "" : ` (${run.state})`}`));
   const go = () => { location.hash = `#diff/${encodeURIComponent(a.value)}/${encodeURIComponent(b.value)}`; };
   const a = h("select", { id: "first", onchange: go }, h("option", { value: "" }, "choose a run"), option(first)), b = h("select", { id: "second", onchange: go }, h("option", { value: "" }, "choose a run"), option(second));
   const all = h("input", { type: "checkbox", id: "equal", onchange: () => draw() });
@@ -602,11 +634,11 @@ function route() {
   if (what === "run") {
     const run = byId.get(rest[0]);
     if (run) showRun(run); else page.replaceChildren(h("h1", {}, "There is no such run"), h("p", {}, h("a", { href: "#" }, "All runs")));
-    document.title = run ? `${run.name}, seed ${seedOf(run)}` : data.title;
+    document.title = run ? `${run.method}, seed ${seedOf(run)}` : data.title;
   } else if (what === "diff") { showDiff(rest[0], rest[1]); document.title = "Compare two runs"; }
   else if (what === "cell") {
     const some = runs.filter((run) => run.cell === rest[0]);
-    page.replaceChildren(h("p", { class: "small" }, h("a", { href: "#" }, "← the table")), h("h1", {}, some.length ? `${some[0].name}: ${pairOf(some[0])}` : "No runs"));
+    page.replaceChildren(h("p", { class: "small" }, h("a", { href: "#" }, "← the table")), h("h1", {}, some.length ? `${some[0].method}: ${pairOf(some[0])}` : "No runs"));
     listOfRuns(page, some);
     page.append(tray);
   } else { document.title = data.title; overview.append(tray); }
@@ -615,8 +647,8 @@ function route() {
   else if (what === "") scrollTo({ top: 0, behavior: "instant" });
 }
 drawFilters();
-$$("table.results").forEach(makeSortable);
-runs.forEach((run) => { run.search = [run.name, pairOf(run), run.backbone, run.setting, run.state, run.path, run.error || "", ...run.warnings].join(" ").toLowerCase(); });
+$$("table.results").forEach((table) => { makeSortable(table); chooseFigure(table); });
+runs.forEach((run) => { run.search = [fullName(run), pairOf(run), run.backbone, run.setting, run.state, run.path, run.error || "", ...run.warnings].join(" ").toLowerCase(); });
 const holder = h("section", { id: "runs" }, h("h2", {}, "Runs"));
 overview.append(holder);
 listing = listOfRuns(holder, runs);

@@ -37,7 +37,14 @@ FOLDER = "runs"
 ALONE = 24  # runs whose details one process makes before a second is worth its start
 CHUNK = 8  # runs that a process takes at once, neighbours having a baseline in common
 LAYOUT = 1  # raised when the details of a run change, so that folders written before are written again
-FILES = ("status.json", "result.json", "metrics.jsonl", "predictions.npz", "features.npz", "examples.npz")  # that they come from
+FILES = (
+    "status.json",
+    "result.json",
+    "metrics.jsonl",
+    "predictions.npz",
+    "features.npz",
+    "examples.npz",
+)  # that they come from
 
 
 class Job(NamedTuple):
