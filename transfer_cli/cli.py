@@ -15,6 +15,8 @@ COMMANDS = {
     "run": "run one experiment, or a sweep with -m: transfer run method=dann",
     "list": "what there is to choose from: transfer list methods",
     "report": "finished runs as a table: transfer report --format md",
+    "show": "one run: state, figures, choices, how to repeat it: transfer show RUN_DIR",
+    "compare": "two runs beside each other, with a paired test: transfer compare RUN_A RUN_B",
     "reproduce": "a published table, run and compared: transfer reproduce office_caltech_surf",
     "predict": "classes and probabilities for new samples: transfer predict RUN_DIR FILES...",
     "evaluate": "recompute a run's figures from its checkpoint: transfer evaluate RUN_DIR",
