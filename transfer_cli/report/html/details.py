@@ -9,10 +9,13 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transfer_cli.report.html.images import as_data_uri
 from transfer_cli.report.html.maps import feature_map
+from transfer_cli.report.paired import mcnemar
 from transfer_cli.report.runs import damage
 from transfer_cli.run_folder import RunFolder, read_json
 
@@ -59,7 +62,7 @@ def details(folder: RunFolder, baseline: RunFolder | None, how: str = "pca") -> 
     for key in ("health", "calibration", "conformal", "fit"):
         if result.get(key):
             content[key] = _plain(result[key])
-    own, other = _arrays(folder.predictions), _arrays(baseline.predictions) if baseline is not None else {}
+    own, other = _arrays(folder.predictions), _baseline_arrays(baseline.predictions) if baseline is not None else {}
     if own:
         compare = same_samples(own, other)
         content["comparable"] = compare if baseline is not None else None
@@ -69,9 +72,20 @@ def details(folder: RunFolder, baseline: RunFolder | None, how: str = "pca") -> 
         )
     maps = {"after": feature_map(folder.features, how)}
     if baseline is not None:
-        maps["before"] = feature_map(baseline.features, how)
+        maps["before"] = _baseline_map(baseline.features, how)
     content["maps"] = {name: found for name, found in maps.items() if found is not None}
     return content
+
+
+@lru_cache(maxsize=4)
+def _baseline_arrays(path: Path) -> Arrays:
+    """Many runs in a row have one baseline."""
+    return _arrays(path)
+
+
+@lru_cache(maxsize=4)
+def _baseline_map(path: Path, how: str) -> dict[str, Any] | None:
+    return feature_map(path, how)
 
 
 def curves(folder: RunFolder) -> dict[str, Any]:
@@ -193,6 +207,7 @@ def _changes(
     was, now = before == labels, after == labels
     changed = {"gained": ~was & now, "lost": was & ~now}
     counts = {name: int(which.sum()) for name, which in changed.items()}
+    p = mcnemar(counts["gained"], counts["lost"])
     counts |= {"both_right": int((was & now).sum()), "both_wrong": int((~was & ~now).sum())}
     images = example_images(folder, len(labels))
     probs, earlier = own["target_test_probs"], base["target_test_probs"]
@@ -210,7 +225,7 @@ def _changes(
             }
             for i in pictured[:SHOWN]
         ]
-    return {"counts": counts, "pictures": len(images), **shown}
+    return {"counts": counts, "p": rounded(p), "pictures": len(images), **shown}
 
 
 def example_images(folder: RunFolder, samples: int) -> dict[int, np.ndarray]:
@@ -308,7 +323,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _arrays(path: Any, names: Sequence[str] | None = None) -> Arrays:
+def _arrays(path: Path, names: Sequence[str] | None = None) -> Arrays:
     """Those of an .npz file; none where it is missing or damaged."""
     import zipfile
 

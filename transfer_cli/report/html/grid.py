@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from transfer_cli.report.formats import MEANING, TITLE, WORSE, WORSE_LABEL_FREE
+from transfer_cli.report.formats import TITLE, UNKEPT, WORSE, WORSE_LABEL_FREE, best_line, caption, remarks
 from transfer_cli.report.negative import Verdict, verdicts
+from transfer_cli.report.ranking import Ranking
+from transfer_cli.report.ranking_formats import HEADER, cells, notes, title
 from transfer_cli.report.runs import Record
-from transfer_cli.report.tables import LEVEL, Cell, Missing, Pair, Row, Table
+from transfer_cli.report.tables import Cell, Missing, Pair, Row, Table
 
 NONE = Missing()
 
@@ -31,17 +33,16 @@ def table_section(number: int, table: Table, index: Mapping[Path, int]) -> str:
         heads.append('<th scope="col" class="n" data-start="ascending">rank</th>')
     rows = []
     for i, row in enumerate(table.rows):
-        cells = [_row_head(row)]
+        line = [_row_head(row)]
         for j, pair in enumerate(table.pairs):
-            cells.append(_cell(table, row, pair, found.get((row, pair)), index, f"{number}.{i}.{j}"))
-        cells += _summaries(table, row)
+            line.append(_cell(table, row, pair, found.get((row, pair)), index, f"{number}.{i}.{j}"))
+        line += _summaries(table, row)
         kind = " ".join(["bound"] * row.bound + ["oracle"] * row.oracle)
-        rows.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
-    caption = f"{TITLE[table.kind][:1].upper()}{TITLE[table.kind][1:]}."
-    chosen = f" Hyper-parameters chosen by {escape(table.select)}." if table.select else ""
+        rows.append(f'<tr class="{kind}">{"".join(line)}</tr>')
+    told = "".join(f" {_sentence(line)}." for line in (TITLE[table.kind], *caption(table), *best_line(table, "bold")))
     return (
         f"<section><h2>{escape(table.kind.capitalize())}</h2>"
-        f'<p class="caption">{escape(caption)}{chosen} <span class="faint">{escape(" ".join(table.common))}</span></p>'
+        f'<p class="caption">{escape(told)} <span class="faint">{escape(" ".join(table.common))}</span></p>'
         f'<div class="scroll"><table class="results" data-kind="{table.kind}" data-select="{escape(table.select or "")}">'
         f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
@@ -74,7 +75,8 @@ def _text(kind: str, cell: Cell, verdict: Verdict | None) -> str:
     digits = 1 if kind == "classification" else _decimals(cell.mean)
     std = "" if math.isnan(cell.std) else f" ± {cell.std:.{digits}f}"
     signs = "" if verdict is None else f" {WORSE}" * verdict.figure + f" {WORSE_LABEL_FREE}" * bool(verdict.label_free)
-    return escape(f"{cell.mean:.{digits}f}{std} ({len(cell.runs)}){signs}")
+    unkept = f" {UNKEPT}" if any(not run.kept for run in cell.runs) else ""
+    return escape(f"{cell.mean:.{digits}f}{std} ({len(cell.runs)}){signs}{unkept}")
 
 
 def _decimals(value: float) -> int:
@@ -94,41 +96,35 @@ def _summaries(table: Table, row: Row) -> Iterator[str]:
             )
 
 
-def remarks(tables: Sequence[Table], records: Sequence[Record]) -> str:
-    """What the signs of the tables mean, and lists of runs that want attention."""
-    rows = [row for table in tables for row in table.rows]
-    found = [verdict for table in tables for verdict in verdicts(table.cells).values()]
-    notes = []
-    if any(best.supported for table in tables for best in table.best):
-        notes.append(
-            f"Bold: the best mean, and better than every other row by paired tests over seeds (Holm, p < {LEVEL})."
-        )
-    for sign, worse in ((WORSE, any(v.figure for v in found)), (WORSE_LABEL_FREE, any(v.label_free for v in found))):
-        if worse:
-            names = " or ".join(sorted({v.baseline for v in found}, reverse=True))
-            notes.append(f"{sign}: worse than {names} with the same settings, {MEANING[sign]}.")
-    if any(row.oracle for row in rows):
-        notes.append("oracle: target test labels chose the checkpoint, so these are upper bounds, not results.")
-    if any(row.bound for row in rows):
-        notes.append("bound: trained with all target labels, what the others can reach at best.")
-    attention = (
-        (
-            "Training went wrong",
-            [(r.path, text) for r in records if r.run is not None for text in r.run.warnings],
-        ),
-        ("Failed", [(r.path, r.error or "no reason was recorded") for r in records if r.state == "failed"]),
-        ("Unfinished", [(r.path, r.state) for r in records if r.state not in ("failed", "finished")]),
-        (
-            "Left out of the tables: the same settings and seeds have a newer run, of another version of a component",
-            [(path, "") for table in tables for path in table.older],
-        ),
+def remarks_section(tables: Sequence[Table], records: Sequence[Record]) -> str:
+    """What a reader of the tables must know besides; long lists are folded."""
+    told, lists = [], []
+    for heading, lines in remarks(tables, records):
+        if lines:
+            items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+            lists.append(
+                f'<details><summary>{escape(_sentence(heading))} ({len(lines)})</summary><ul class="small">{items}</ul></details>'
+            )
+        else:
+            told.append(f"<li>{escape(_sentence(heading))}.</li>")
+    return (f'<ul class="faint small notes">{"".join(told)}</ul>' if told else "") + "".join(lists)
+
+
+def ranking_section(ranking: Ranking) -> str:
+    """How close each validator's choices come to the oracle's."""
+    head, *more = (f'<th scope="col"{" class=n" if i else ""}>{escape(text)}</th>' for i, text in enumerate(HEADER))
+    rows = []
+    for ranked in ranking.ranked:
+        name, *values = cells(ranked)
+        shown = "".join(f'<td class="n">{escape(value)}</td>' for value in values)
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
+    told = "".join(f" {escape(_sentence(note))}." for note in notes(ranking))
+    table = f"<thead><tr>{head}{''.join(more)}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return (
+        f'<section><h2>Validators, {escape(ranking.kind)}</h2><p class="caption">{escape(_sentence(title(ranking)))}.{told}</p>'
+        f'<div class="scroll"><table>{table}</table></div></section>'
     )
-    lists = "".join(
-        f'<details><summary>{escape(title)} ({len(lines)})</summary><ul class="small">'
-        + "".join(f"<li><code>{escape(str(path))}</code> {escape(text)}</li>" for path, text in lines)
-        + "</ul></details>"
-        for title, lines in attention
-        if lines
-    )
-    told = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return (f'<ul class="faint small notes">{told}</ul>' if told else "") + lists
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

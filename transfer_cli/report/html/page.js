@@ -520,7 +520,7 @@ function changes(d, base, name) {
         h("div", {}, h("strong", {}, name(one.label))), h("div", { class: "faint", title: one.id }, `${name(one.before[0])} ${percent(one.before[1], 0)} → ${name(one.after[0])} ${percent(one.after[1], 0)}`))))
         : note(all ? `None of them is among the ${d.changes.pictures} samples whose images are kept.` : "None."));
   };
-  return [section(`Samples that changed against ${base.method}`, bar, words, gallery("gained", "Wrong → right"), gallery("lost", "Right → wrong"),
+  return [section(`Samples that changed against ${base.method}`, bar, words, note(`McNemar's exact test of as many gains as losses: p = ${number(d.changes.p, 2)}.`), gallery("gained", "Wrong → right"), gallery("lost", "Right → wrong"),
     note(d.changes.pictures ? `Examples among the ${d.changes.pictures} target test samples whose images a run keeps. ` : "", `In bold the true class; below it what ${base.method} said and what this run says, with their probabilities.`))];
 }
 

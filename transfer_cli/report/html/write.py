@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 from transfer_cli import __version__
 from transfer_cli.errors import TransferError
 from transfer_cli.report.html.details import details
-from transfer_cli.report.html.grid import remarks, table_section
+from transfer_cli.report.html.grid import ranking_section, remarks_section, table_section
 from transfer_cli.report.html.index import describe
+from transfer_cli.report.ranking import Ranking
 from transfer_cli.report.runs import Record
 from transfer_cli.report.tables import Table
 from transfer_cli.run_folder import RunFolder, write_atomically
@@ -54,9 +55,15 @@ class Job(NamedTuple):
     how: str
 
 
-def write_html(tables: Sequence[Table], records: Sequence[Record], where: Path, how: str = "pca") -> int:
+def write_html(
+    tables: Sequence[Table],
+    records: Sequence[Record],
+    where: Path,
+    how: str = "pca",
+    rankings: Sequence[Ranking] = (),
+) -> int:
     """Write the report to `where`: a file if its name ends in `.html` or `.htm`, else a folder with an `index.html`. `how`: the
-    map of features, of `maps.MAPS`. Returns the number of runs whose details were made.
+    map of features, of `maps.MAPS`; `rankings`: of validators, to show as well. Returns the number of runs whose details were made.
 
     Raises:
         TransferError: `how` needs a package that is missing, or nothing can be written there.
@@ -67,11 +74,13 @@ def write_html(tables: Sequence[Table], records: Sequence[Record], where: Path, 
         if is_file(where):
             where.parent.mkdir(parents=True, exist_ok=True)
             packed = _packed(jobs)
-            write_atomically(where, _page(tables, records, content, packed).encode())
+            write_atomically(where, _page(tables, records, rankings, content, packed).encode())
             return len(packed)
         folder = where / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(where / "index.html", _page(tables, records, content | {"folder": FOLDER}, {}).encode())
+        write_atomically(
+            where / "index.html", _page(tables, records, rankings, content | {"folder": FOLDER}, {}).encode()
+        )
         signed = {job.id: _signature(job) for job in jobs}
         stale = [job for job in jobs if _first_line(folder / f"{job.id}.js") != signed[job.id]]
         for name, text in _packed(stale).items():
@@ -87,7 +96,11 @@ def is_file(where: Path) -> bool:
 
 
 def _page(
-    tables: Sequence[Table], records: Sequence[Record], content: Mapping[str, Any], packed: Mapping[str, str]
+    tables: Sequence[Table],
+    records: Sequence[Record],
+    rankings: Sequence[Ranking],
+    content: Mapping[str, Any],
+    packed: Mapping[str, str],
 ) -> str:
     files = resources.files(__package__)
     page, css, js = (files.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
@@ -102,7 +115,7 @@ def _page(
         css=css,
         js=js,
         tables="\n".join(table_section(i, table, index) for i, table in enumerate(tables)),
-        remarks=remarks(tables, records),
+        remarks=remarks_section(tables, records) + "".join(map(ranking_section, rankings)),
         data=_json({"title": title, **content}),
         details="\n".join(
             f'<script type="text/plain" id="run:{html.escape(name)}">{text}</script>' for name, text in packed.items()
