@@ -19,19 +19,39 @@ from transfer_cli.run_folder import HEADLINE, RunFolder, read_json
 
 
 def describe(tables: Sequence[Table], records: Sequence[Record]) -> dict[str, Any]:
-    """`runs`: an entry each, in the order of `records`; `base`: the commonest value of every key of the configurations, of which
-    an entry's `config` tells what differs, None what is missing."""
-    known = {record.path: record.run or record.asked for record in records}
+    """`runs`: an entry each, in the order of `records`; `settings`: every key and value that some configuration has, which an
+    entry's `config` names by their numbers."""
+    settings = Settings()
     places = _places(tables)
-    entries = [_entry(record, known[record.path], places.get(record.path)) for record in records]
+    entries = []
+    for index, record in enumerate(records):
+        run = record.run or record.asked
+        entries.append(_entry(record, run, places.get(record.path)))
+        entries[-1] |= {"index": index, "config": [] if run is None else settings.numbers(run)}
     _name_apart(entries)
-    _compare(entries, records)
-    base = _commonest([entry["config"] for entry in entries])
-    for index, entry in enumerate(entries):
-        entry["index"] = index
-        own = entry["config"]
-        entry["config"] = {key: own.get(key) for key in base.keys() | own.keys() if own.get(key) != base.get(key)}
-    return {"base": base, "runs": entries}
+    _compare(entries, records, settings)
+    return {"settings": settings.written, "runs": entries}
+
+
+class Settings:
+    """Keys and values as on the command line, each once; runs have most of them in common."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[str, str]] = []
+        self._known: dict[tuple[str, type, Any], int] = {}
+
+    def numbers(self, run: Run) -> list[int]:
+        pairs = dict(zip(SEEDS, run.seeds, strict=True))
+        for owner in run.settings.values():
+            pairs |= owner
+        return [self._number(key, value) for key, value in pairs.items()]
+
+    def _number(self, key: str, value: Any) -> int:
+        known = (key, type(value), value)
+        if known not in self._known:
+            self._known[known] = len(self.written)
+            self.written.append((key, written(value)))
+        return self._known[known]
 
 
 def _places(tables: Sequence[Table]) -> dict[Path, tuple[str, str, Row, Pair]]:
@@ -72,7 +92,6 @@ def _entry(record: Record, run: Run | None, place: tuple[str, str, Row, Pair] | 
         "baseline": None,
         "compared": "",
         "command": shlex.join(manifest.get("command", [])),
-        "config": {} if run is None else _config(run),
     }
     if record.run is not None:
         result = read_json(folder.result) or {}
@@ -97,32 +116,17 @@ def _setting(common: Mapping[str, Any]) -> str:
     return f"{common.get('protocol')}, {labels} target labels{space}, chosen by {common.get('selection')}"
 
 
-def _config(run: Run) -> dict[str, str]:
-    """Its settings and seeds as `key: value`, written as on the command line."""
-    pairs = dict(zip(SEEDS, run.seeds, strict=True))
-    for owner in run.settings.values():
-        pairs |= owner
-    return {key: written(value) for key, value in pairs.items()}
-
-
-def _commonest(configs: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for config in configs:
-        for key, value in config.items():
-            counts[key][value] += 1
-    return {key: found.most_common(1)[0][0] for key, found in sorted(counts.items())}
-
-
 def _name_apart(entries: Sequence[dict[str, Any]]) -> None:
     """`id`: a name for files and links; folders of one name in two places get a part of their path's digest."""
-    names = [re.sub(r"[^A-Za-z0-9_.+-]", "_", Path(entry["path"]).name) for entry in entries]
+    names = [re.sub(r"[^A-Za-z0-9_.+-]", "_", entry["path"].rpartition("/")[2]) for entry in entries]
     often = Counter(name.lower() for name in names)  # some file systems tell no capitals
     for entry, name in zip(entries, names, strict=True):
-        digest = hashlib.sha256(str(Path(entry["path"]).resolve()).encode()).hexdigest()[:8]
-        entry["id"] = name if often[name.lower()] == 1 else f"{name}-{digest}"
+        if often[name.lower()] > 1:
+            name += "-" + hashlib.sha256(str(Path(entry["path"]).resolve()).encode()).hexdigest()[:8]
+        entry["id"] = name
 
 
-def _compare(entries: Sequence[dict[str, Any]], records: Sequence[Record]) -> None:
+def _compare(entries: Sequence[dict[str, Any]], records: Sequence[Record], settings: Settings) -> None:
     """`baseline`: the index of the run without transfer of the same setting and seeds; else of the `source_only` of the same pair
     and seeds whose settings differ least, and in what (`compared`)."""
     runs = [record.run for record in records if record.run is not None]
@@ -135,20 +139,24 @@ def _compare(entries: Sequence[dict[str, Any]], records: Sequence[Record]) -> No
     for run in runs:
         entry, found = entries[index[run.path]], exact.get(run.path)
         if found is None and run.method != TRAINED:
-            others = near.get((run.pair, run.seeds, run.kind), [])
-            found = min(others, key=lambda other: (len(_differences(run, other)), str(other.path)), default=None)
-            if found is not None:
-                entry["compared"] = _told(_differences(run, found))
-        if found is not None:
+            others = {
+                other.path: _differing(entry["config"], entries[index[other.path]]["config"], settings)
+                for other in near.get((run.pair, run.seeds, run.kind), [])
+            }
+            if others:
+                nearest = min(others, key=lambda path: (len(others[path]), path))
+                entry["compared"], entry["baseline"] = _told(others[nearest]), index[nearest]
+        elif found is not None:
             entry["baseline"] = index[found.path]
 
 
-def _differences(run: Run, other: Run) -> list[str]:
+def _differing(ours: Sequence[int], theirs: Sequence[int], settings: Settings) -> list[str]:
     """The keys that both have, with different values, but for the method's own."""
-    ours, theirs = _config(run), _config(other)
-    return sorted(
-        k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k] and k.partition(".")[0] not in ("method", "then")
+    ours_alone, theirs_alone = (
+        {settings.written[number][0] for number in set(these) - set(those)}
+        for these, those in ((ours, theirs), (theirs, ours))
     )
+    return sorted(key for key in ours_alone & theirs_alone if key.partition(".")[0] not in ("method", "then"))
 
 
 def _told(keys: Sequence[str], most: int = 4) -> str:

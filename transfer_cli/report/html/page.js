@@ -595,11 +595,7 @@ function repeat(run, d) {
 }
 
 /* ---------- the difference of two runs ---------- */
-function configOf(run) {
-  const config = { ...data.base, ...run.config };
-  for (const key of Object.keys(config)) if (config[key] === null) delete config[key];
-  return config;
-}
+const configOf = (run) => Object.fromEntries(run.config.map((number) => data.settings[number]).sort((a, b) => (a[0] < b[0] ? -1 : 1)));
 function showDiff(first, second) {
   const option = (id) => runs.map((run) => h("option", { value: run.id, selected: run.id === id }, `${fullName(run)}, ${pairOf(run)}, seed ${seedOf(run)}${run.state === "finished" ? "" : ` (${run.state})`}`));
   const go = () => { location.hash = `#diff/${encodeURIComponent(a.value)}/${encodeURIComponent(b.value)}`; };
@@ -638,7 +634,7 @@ function route() {
   } else if (what === "diff") { showDiff(rest[0], rest[1]); document.title = "Compare two runs"; }
   else if (what === "cell") {
     const some = runs.filter((run) => run.cell === rest[0]);
-    page.replaceChildren(h("p", { class: "small" }, h("a", { href: "#" }, "← the table")), h("h1", {}, some.length ? `${some[0].method}: ${pairOf(some[0])}` : "No runs"));
+    page.replaceChildren(h("p", { class: "small" }, h("a", { href: "#" }, "← the table")), h("h1", {}, some.length ? `${some[0].method}: ${pairOf(some[0])}` : "No runs"), some.length && some[0].told ? h("p", { class: "faint small" }, some[0].told) : "");
     listOfRuns(page, some);
     page.append(tray);
   } else { document.title = data.title; overview.append(tray); }
