@@ -330,7 +330,7 @@ def _arrays(path: Path, names: Sequence[str] | None = None) -> Arrays:
     import numpy as np
 
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             return {name: arrays[name] for name in names or arrays.files if name in arrays.files}
     except (OSError, ValueError, zipfile.BadZipFile):
         return {}

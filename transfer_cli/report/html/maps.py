@@ -26,7 +26,7 @@ def feature_map(path: Path, how: str = "pca") -> dict[str, Any] | None:
     import numpy as np
 
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             parts = [(s, arrays[s], arrays[f"{s}_labels"]) for s in ("source_test", "target_test") if s in arrays.files]
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
