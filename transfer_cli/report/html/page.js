@@ -179,7 +179,7 @@ function listOfRuns(where, everything) {
       r.state === "finished" ? null : h("span", { class: `badge ${r.state}` }, r.state),
       r.told ? h("div", { class: "faint small" }, r.told) : null,
       r.error ? h("div", { class: "small bad" }, r.error) : null], fullName, "plain wide"],
-    ["pair", pairOf, pairOf, ""],
+    ["pair", pairOf, pairOf, "pair"],
     ["backbone", (r) => r.backbone, (r) => r.backbone, ""],
     ["seed", seedOf, (r) => r.seed[0] * 1e6 + r.seed[1], "n"],
     ["target test", figureOf, (r) => r.figure, "n"],
@@ -458,8 +458,8 @@ function matrix(counts, name) {
   return chart((width) => {
     const k = counts.length, longest = Math.max(...counts.map((_, i) => Math.min(14, name(i).length)));
     const left = 26 + Math.min(longest * 6.6, width * 0.3), cell = Math.max(4, Math.min(38, (width - left - 6) / k)), top = 22;
-    const upright = longest * 7 < cell, bottom = upright ? 40 : 30 + longest * 6.6;
-    const w = left + cell * k + 6, height = top + cell * k + bottom;
+    const upright = longest * 7 < cell, bottom = upright ? 40 : 40 + longest * 6.8;
+    const w = Math.max(left + cell * k + 6, Math.min(width, left + 170)), height = top + cell * k + bottom;
     const svg = s("svg", { width: w, height, viewBox: `0 0 ${w} ${height}`, role: "img", "aria-label": "Confusion matrix: rows are true classes, columns predicted ones" });
     const short = (i) => (name(i).length > 14 ? `${name(i).slice(0, 13)}…` : name(i));
     counts.forEach((row, i) => {
