@@ -301,7 +301,7 @@ backbone=small_cnn target_labels=0 protocol=inductive label_space=closed selecti
 
                 synth_digits
                 -> digits
-dann            91.0 ± 1.4 (2)
+dann            91.0 ± 1.4 (2) +1 failed
 dann (oracle)   95.0 (1)
 
 (oracle): target test labels chose the checkpoint, so these are upper bounds, not results
@@ -322,7 +322,7 @@ def test_markdown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = lines.index("| method | synth_digits -> digits |")
     assert lines[start + 1 : start + 4] == [
         "| --- | ---: |",
-        "| dann | 91.0 ± 1.4 (2) |",
+        "| dann | 91.0 ± 1.4 (2) +1 failed |",
         "| dann (oracle) | 95.0 (1) |",
     ]
     assert "- outputs/runs/synth_digits-digits/mcd-seed0-eeeeeeee  interrupted" in lines
@@ -331,9 +331,10 @@ def test_markdown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_csv(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--format", "csv"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "method,settings,oracle,source,target,metric,mean,std,runs,seeds,data_seeds,baseline,worse,im_worse",
-        "dann,,false,synth_digits,digits,accuracy_percent,91.0,1.4142135623730951,2,0 1,0 0,,,",
-        "dann,,true,synth_digits,digits,accuracy_percent,95.0,,1,0,0,,,",
+        "method,settings,oracle,source,target,metric,mean,std,runs,seeds,data_seeds,baseline,worse,im_worse,"
+        "bound,best,failed,unfinished,unscored",
+        "dann,,false,synth_digits,digits,accuracy_percent,91.0,1.4142135623730951,2,0 1,0 0,,,,false,false,1,0,0",
+        "dann,,true,synth_digits,digits,accuracy_percent,95.0,,1,0,0,,,,false,false,0,0,0",
     ]
 
 

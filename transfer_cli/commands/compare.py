@@ -116,4 +116,4 @@ def _signed(value: float, digits: int = 4) -> str:
 
 
 def _p(p: float) -> str:
-    return "(no test: the errors do not differ)" if math.isnan(p) else f"= {p:.2g}" if p >= 1e-4 else f"{p:.1e}"
+    return "(no test: the errors do not differ)" if math.isnan(p) else f"= {p:.2g}"

@@ -54,7 +54,7 @@ def _what(run: Run, result: Mapping[str, Any]) -> list[str]:
 
 def _state(record: Record, folder: RunFolder) -> list[str]:
     status = read_json(folder.status) or {}
-    since = f" since {status['time']} on {status.get('host', '?')}" if "time" in status else ""
+    begun = f", begun {status['time']} on {status.get('host', '?')}" if "time" in status else ""
     if record.state == "finished":
         return [f"finished on {status.get('time', '?')}"]
     if record.state == "failed":
@@ -63,7 +63,7 @@ def _state(record: Record, folder: RunFolder) -> list[str]:
             "retry_failed=true with the command below tries again",
         ]
     going = [] if record.state == "running" else ["the command below goes on with it"]
-    return [f"{record.state}{since}", *going]
+    return [f"{record.state}{begun}", *going]
 
 
 def _choices(run: Run) -> list[str]:

@@ -78,7 +78,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = written(tuple(value) if isinstance(value, list) else value)
+            flat[f"{prefix}{key}".removesuffix(".name")] = written(tuple(value) if isinstance(value, list) else value)
     return flat
 
 

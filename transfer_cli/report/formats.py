@@ -121,9 +121,10 @@ def caption(table: Table) -> list[str]:
         lines.append(
             f"hyper-parameters, and checkpoints where each evaluation has its score, chosen by {table.select}, {labels}"
         )
-    if table.average or table.rank:
-        what = "average: over the pairs; rank: " if table.average else "rank: "
-        lines.append(f"{what}the mean over the pairs, 1 is best, among honest rows of one setting that have every pair")
+    parts = ["average: over the pairs"] * bool(table.average)
+    parts += ["rank: the mean over the pairs, 1 is best, among honest rows of one setting"] * bool(table.rank)
+    if parts:
+        lines.append(f"{'; '.join(parts)}; of rows that have every pair")
     return lines
 
 
@@ -297,7 +298,7 @@ def _choice_remarks(tables: Sequence[Table]) -> Iterator[tuple[str, list[str]]]:
     choices = [choice for table in tables for choice in table.choices]
     chosen = [choice_line(choice) for choice in choices if len(choice.compared) > 1]
     left_out = [f"{_where(c)} {' '.join(p.settings)}  {p.note}" for c in choices for p in c.left_out]
-    unkept = [str(path) for choice in choices for path in choice.unkept]
+    unkept = [f"{_where(c)}: {len(c.unkept)} of {len(c.chosen.seeds)} runs" for c in choices if c.unkept]
     unscored = [str(r.path) for t in tables for missing in t.missing.values() for r in missing.unscored]
     if chosen:
         yield f"chosen by the best mean {choices[0].select} over seeds", chosen

@@ -75,12 +75,16 @@ def collect(paths: Sequence[Path] = ()) -> list[Record]:
     if not folders:
         where = ", ".join(str(path) for path in paths or (DEFAULT_FOLDER,))
         raise TransferError(f"no runs under {where}: start one with `transfer run`, or name a folder that has some.")
-    return [_read(RunFolder(short(path))) for path in sorted(folders)]
+    here = Path.cwd().resolve()
+    return [_read(RunFolder(_below(here, path))) for path in sorted(folders)]
 
 
 def short(path: Path) -> Path:
     """Relative to the working directory where it lies below it."""
-    full, here = path.resolve(), Path.cwd().resolve()
+    return _below(Path.cwd().resolve(), path.resolve())
+
+
+def _below(here: Path, full: Path) -> Path:
     return full.relative_to(here) if full.is_relative_to(here) else full
 
 
@@ -181,7 +185,7 @@ def _searched(config: Mapping[str, Any]) -> frozenset[str]:
     search = (config.get("method") or {}).get("search")
     if not isinstance(search, Mapping):
         return frozenset()
-    groups = {*COMPONENTS, *asdict(Config())}
+    groups = {*COMPONENTS, *(key.partition(".")[0] for key in _defaults())}
     return frozenset(k if "." in k and k.partition(".")[0] in groups else f"method.{k}" for k in map(str, search))
 
 
@@ -240,7 +244,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):  # as YAML has them, and quicker to ask than Mapping
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = _hashable(value)
@@ -248,6 +252,6 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _hashable(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return tuple((key, _hashable(v)) for key, v in sorted(value.items()))
     return tuple(_hashable(v) for v in value) if isinstance(value, list) else value

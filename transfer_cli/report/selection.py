@@ -76,18 +76,21 @@ def select_points(records: Iterable[Record], name: str) -> tuple[list[Record], l
     if finished and not any(scored.values()):
         raise _unknown(name, [r.run for r in finished if r.run is not None])
     groups: dict[Any, list[tuple[Record, Scored]]] = defaultdict(list)
+    revisited = any(own is not None and own.run.settings[""]["selection"] == name for own in scored.values())
     kept: list[Record] = []
     for record in everything:
-        own = scored.get(record.path)
+        own, asked = scored.get(record.path), record.run or record.asked
         if own is not None:
             groups[group_key(own.run)].append((record, own))
-        elif record.run is not None:
-            asked = replace(record.run, settings=without_hyperparameters(record.run), oracle=name == ORACLE)
-            kept.append(replace(record, state=UNSCORED, run=None, asked=asked))
+        elif asked is not None:
+            bare = {owner: dict(values) for owner, values in without_hyperparameters(asked).items()}
+            if revisited:
+                bare[""]["selection"] = name
+            asked = replace(asked, settings=bare, oracle=name == ORACLE or (asked.oracle and not revisited))
+            state = record.state if record.run is None else UNSCORED
+            kept.append(replace(record, state=state, run=None, asked=asked))
         else:
-            asked_run = record.asked
-            bare = None if asked_run is None else replace(asked_run, settings=without_hyperparameters(asked_run))
-            kept.append(replace(record, asked=bare))
+            kept.append(record)
     choices = []
     for members in groups.values():
         choice, chosen = _choose_point(members, name)

@@ -312,7 +312,8 @@ def _told_settings(runs: Sequence[Run]) -> dict[str, set[str]]:
 
 def _differing(settings: Iterable[Mapping[str, Any]]) -> set[str]:
     several = list(settings)
-    return {key for one in several for key in one if len(_values(several, key)) > 1}
+    keys = {key for one in several for key in one}
+    return {key for key in keys if len(_values(several, key)) > 1}
 
 
 def _values(settings: Sequence[Mapping[str, Any]], key: str) -> set[Any]:
