@@ -531,6 +531,7 @@ def test_the_theme_follows_the_system_and_the_switch(open_page: Any) -> None:
     assert page.locator("#theme").inner_text() == "Theme: dark", "it is remembered"
     page.emulate_media(media="print")
     assert page.evaluate(background) == "rgb(255, 255, 255)" and page.locator("#filters").is_hidden()
+    assert page.locator("table.results thead th").nth(1).inner_text().startswith("photo → art")
 
 
 @pytest.mark.parametrize("which", ["file", "folder"])

@@ -85,24 +85,22 @@ function drawFilters() {
   filters.addEventListener("input", applyFilters);
 }
 const wanted = (text) => chosen.text.split(/\s+/).every((word) => text.includes(word));
-const passes = (run) => Object.keys(FILTERS).every((key) => !chosen[key] || valueOf[key](run) === chosen[key]) && wanted(run.search);
+const passes = (run, but = "") => Object.keys(FILTERS).every((key) => key === but || !chosen[key] || valueOf[key](run) === chosen[key]) && wanted(run.search);
 function applyFilters() {
   for (const key of Object.keys(chosen)) chosen[key] = filters.elements[key].value;
   chosen.text = chosen.text.trim().toLowerCase();
-  const kept = runs.filter(passes);
-  const visible = new Set(kept.map((run) => run.index));
+  const kept = runs.filter((run) => passes(run));
+  const visible = new Set(runs.filter((run) => passes(run, "pair")).map((run) => String(run.index))); // a bound stands in several pairs
   for (const table of $$("table.results")) {
-    const columns = $$("thead th[data-pair]", table);
-    for (const head of columns) head.hidden = Boolean(chosen.pair) && head.dataset.pair !== chosen.pair;
+    const filled = new Set(); // pairs that a row which is left has runs of
     for (const row of $$("tbody tr", table)) {
-      let some = false;
-      for (const cell of $$("td", row)) {
-        const pair = cell.dataset.pair;
-        cell.hidden = Boolean(pair) && Boolean(chosen.pair) && pair !== chosen.pair;
-        if (!cell.hidden && (cell.dataset.runs || "").split(" ").some((index) => index && visible.has(Number(index)))) some = true;
-      }
-      row.hidden = !some;
+      const pairs = $$("td[data-runs]", row).filter((cell) => (!chosen.pair || cell.dataset.pair === chosen.pair)
+        && cell.dataset.runs.split(" ").some((index) => visible.has(index))).map((cell) => cell.dataset.pair);
+      pairs.forEach((pair) => filled.add(pair));
+      row.hidden = pairs.length === 0;
     }
+    const all = kept.length === runs.length;
+    for (const cell of $$("th[data-pair], td[data-pair]", table)) cell.hidden = !all && !filled.has(cell.dataset.pair);
     const shownRows = $$("tbody tr", table).filter((row) => !row.hidden).length;
     table.closest("section").hidden = shownRows === 0;
   }
@@ -266,7 +264,7 @@ const span = (values) => { let low = Infinity, high = -Infinity; for (const v of
 function plot(series, options) {
   const usable = series.filter((one) => one.points.some((p) => p[1] !== null));
   return [legend(usable), chart((width) => {
-    const w = Math.max(220, Math.min(width, options.square ? 420 : 4000)), left = 50, right = 10, top = 10, bottom = 36;
+    const w = Math.max(220, Math.min(width, options.square ? 420 : 4000)), left = 50, right = 20, top = 10, bottom = 36;
     const height = options.square ? w * 0.82 : options.height || Math.min(260, Math.max(180, w * 0.42));
     const xs = usable.flatMap((one) => one.points.map((p) => p[0]));
     const ys = usable.flatMap((one) => one.points.flatMap((p) => (p[1] === null ? [] : p[2] ? [p[1] - p[2], p[1] + p[2]] : [p[1]])));
@@ -643,6 +641,7 @@ function route() {
   else if (what === "") scrollTo({ top: 0, behavior: "instant" });
 }
 drawFilters();
+$$(".results th small").forEach((told) => { told.title = told.textContent; told.addEventListener("click", () => told.classList.toggle("whole")); });
 $$("table.results").forEach((table) => { makeSortable(table); chooseFigure(table); });
 runs.forEach((run) => { run.search = [fullName(run), pairOf(run), run.backbone, run.setting, run.state, run.path, run.error || "", ...run.warnings].join(" ").toLowerCase(); });
 const holder = h("section", { id: "runs" }, h("h2", {}, "Runs"));
