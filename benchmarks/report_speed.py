@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ METHODS = ("source_only", "dann", "deep_coral", "mcc", "cdan")
 SEEDS = 5
 GROUPS = {"backbone": "small_cnn", "optimizer": "sgd", "schedule": "inverse_decay", "augment": "digits"}
 EVALUATIONS, INTERVALS = 15, 75  # of 1,500 steps
+DISTINCT = 97  # files of metrics
+FIGURES = ("accuracy", "macro_f1", "nll", "brier", "ece", "ece_equal_mass")
+SCORES = ("source_val", "im", "entropy", "snd", "dev", "bnm", "mmd", "rankme")
 COMMANDS = {
     "report": [],
     "--format json": ["--format", "json"],
@@ -52,23 +56,40 @@ def write_runs(folder: Path, count: int) -> None:
                     write_run(folder, pair, method, point, seed)
 
 
-def write_run(folder: Path, pair: tuple[str, str], method: str, point: int, seed: int) -> None:
-    rng = random.Random(f"{pair} {method} {point} {seed}")
-    path = folder / "-".join(pair) / f"{method}-seed{seed}-{point:08x}"
-    path.mkdir(parents=True)
+@cache
+def config_text(pair: tuple[str, str], method: str) -> str:
+    """With placeholders for what differs within a sweep."""
     config = asdict(Config()) | {group: component(group, name) for group, name in GROUPS.items()}
     config |= {side: component("dataset", name) for side, name in zip(("source", "target"), pair, strict=True)}
-    config |= {"method": component("method", method), "seed": seed}
-    config["optimizer"]["lr"] = 0.001 * (1 + point)
-    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    config |= {"method": component("method", method), "seed": "SEED"}
+    config["optimizer"]["lr"] = "RATE"
+    return yaml.safe_dump(config, sort_keys=False)
 
-    def figures() -> dict[str, float]:
-        return {n: rng.random() for n in ("accuracy", "macro_f1", "nll", "brier", "ece", "ece_equal_mass")}
 
-    def scores() -> dict[str, float]:
-        return {n: rng.random() for n in ("source_val", "im", "entropy", "snd", "dev", "bnm", "mmd", "rankme")}
+@cache
+def metrics_text(number: int) -> str:
+    rng, events = random.Random(number), []
+    for i in range(1, INTERVALS + 1):
+        where = {"step": 20 * i, "phase": "adapt"}
+        events += [{**where, "split": "train", "values": {"supervised": rng.random(), "domain": rng.random()}}]
+        events += [{**where, "split": "diagnostics", "values": {"discriminator_accuracy": rng.random()}}]
+        if i % (INTERVALS // EVALUATIONS) == 0:
+            for name, names in {"validators": SCORES, "target_test": FIGURES, "health": SCORES}.items():
+                events.append({**where, "split": name, "values": {n: rng.random() for n in names}})
+    return "".join(json.dumps(event) + "\n" for event in events)
 
-    split = {"source_test": figures(), "target_test": figures()}
+
+def write_run(folder: Path, pair: tuple[str, str], method: str, point: int, seed: int) -> None:
+    number = 1000 * point + seed
+    rng = random.Random(number)
+    path = folder / "-".join(pair) / f"{method}-seed{seed}-{point:08x}"
+    path.mkdir(parents=True)
+    text = config_text(pair, method).replace("SEED", str(seed)).replace("RATE", str(0.001 * (1 + point)))
+    (path / "config.yaml").write_text(text)
+    (path / "metrics.jsonl").write_text(metrics_text(number % DISTINCT))
+
+    figures, scores = ({name: rng.random() for name in names} for names in (FIGURES, SCORES))
+    split = {"source_test": figures, "target_test": figures}
     result = {
         "schema_version": 1,
         "source": pair[0],
@@ -80,7 +101,7 @@ def write_run(folder: Path, pair: tuple[str, str], method: str, point: int, seed
         "kind": "classification",
         "classes": [str(i) for i in range(10)],
         "metrics": split,
-        "validators": scores(),
+        "validators": scores,
         "steps": 1500,
         "device": "cpu",
         "selection": {"validator": "im", "uses_target_labels": False, "candidates": EVALUATIONS, "step": 1500},
@@ -98,15 +119,6 @@ def write_run(folder: Path, pair: tuple[str, str], method: str, point: int, seed
     status = {"state": "finished", "time": "2026-11-25T10:00:00+0000"}
     for name, content in {"result": result, "manifest": manifest, "status": status}.items():
         (path / f"{name}.json").write_text(json.dumps(content, indent=2))
-    events = []
-    for i in range(1, INTERVALS + 1):
-        where = {"step": 20 * i, "phase": "adapt"}
-        events += [{**where, "split": "train", "values": {"supervised": rng.random(), "domain": rng.random()}}]
-        events += [{**where, "split": "diagnostics", "values": {"discriminator_accuracy": rng.random()}}]
-        if i % (INTERVALS // EVALUATIONS) == 0:
-            for name, values in {"validators": scores(), "target_test": figures(), "health": scores()}.items():
-                events.append({**where, "split": name, "values": values})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
 def measured(folder: Path, arguments: list[str], repeat: int) -> tuple[float, float]:

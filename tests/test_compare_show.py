@@ -50,7 +50,7 @@ def test_two_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_json(b / "manifest.json", {"git": "bbbb", "libraries": {"torch": "2.11.0", "numpy": "2"}})
     assert compare.main([str(a), str(b)]) == 0
     lines = squeezed(capsys.readouterr().out)
-    assert {"method source_only dann", "optimizer.lr 0.01 0.05", "trainer.clip_norm - 1.0"} <= set(lines)
+    assert {"method source_only dann", "optimizer.lr 0.01 0.05", "trainer.clip_norm - 1"} <= set(lines)
     assert {"git aaaa bbbb", "libraries.torch 2.13.0 2.11.0"} <= set(lines)
     assert not any("workers" in line or "numpy" in line or "search" in line for line in lines)
     assert "accuracy 0.6000 0.9000 +0.3000" in lines

@@ -195,7 +195,7 @@ def test_settings_that_differ_make_rows_of_their_own(tmp_path: Path) -> None:
     write_run(tmp_path / "a", 0.9)
     write_run(tmp_path / "b", 0.8, config={"method.weight": 0.5}, seed=1)
     write_run(tmp_path / "base", 0.7, method="source_only")
-    assert set(rows_of(tmp_path)) == {"source_only", "dann method.weight=0.5", "dann method.weight=1.0"}
+    assert set(rows_of(tmp_path)) == {"source_only", "dann method.weight=0.5", "dann method.weight=1"}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_settings_that_differ_make_rows_of_their_own(tmp_path: Path) -> None:
         ({"optimizer": {"name": "adam", "lr": 0.001}}, "optimizer=adam"),
         ({"trainer.steps": 100}, "trainer.steps=100"),
         ({"backbone.widths": [8, 8]}, "backbone.widths=[8,8]"),
-        ({"trainer.clip_norm": 1.0}, "trainer.clip_norm=1.0"),
+        ({"trainer.clip_norm": 1.0}, "trainer.clip_norm=1"),
     ],
 )
 def test_other_methods_with_other_settings_are_told_apart_too(

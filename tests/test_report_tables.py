@@ -273,7 +273,7 @@ def test_failed_and_unfinished_cells_are_seen_in_the_table(tmp_path: Path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert "| source_only | 71.0 ± 1.4 (2) +1 failed |" in lines
     assert "| dann | 2 failed, 1 unfinished |" in lines
-    assert "| mcd method.weight=1.0 | 1 failed |" in lines and "| mcd method.weight=3.0 | 1 failed |" in lines
+    assert "| mcd method.weight=1 | 1 failed |" in lines and "| mcd method.weight=3 | 1 failed |" in lines
     report.main([str(tmp_path), "--format", "csv"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(r["runs"], r["mean"], r["failed"], r["unfinished"]) for r in rows if r["method"] == "dann"] == [
@@ -306,7 +306,7 @@ def test_a_validator_chooses_hyper_parameters_and_checkpoints(tmp_path: Path) ->
     cell = table.cells[dann, ("synth_digits", "digits")]
     assert (cell.mean, len(cell.runs)) == (65.0, 2) and all(run.kept for run in cell.runs)
     choice = next(choice for choice in table.choices if choice.method == "dann")
-    assert choice.chosen.settings == ("method.weight=3.0", "optimizer.lr=0.1")
+    assert choice.chosen.settings == ("method.weight=3", "optimizer.lr=0.1")
     assert (choice.chosen.score, len(choice.compared)) == (2.0, 2)
 
     cell = table_of(tmp_path, "snd").cells[dann, ("synth_digits", "digits")]  # step 100 of the lighter
@@ -333,11 +333,18 @@ def test_points_are_compared_over_the_same_seeds(tmp_path: Path, capsys: pytest.
     unfinished(tmp_path / "lucky1", "failed", seed=1, config={"method.weight": 9.0})
     table = table_of(tmp_path, "im")
     (choice,) = table.choices
-    assert choice.chosen.settings[0] == "method.weight=3.0"
+    assert choice.chosen.settings[0] == "method.weight=3"
     assert [point.note for point in choice.left_out] == ["has seeds 0, not 0 1"]
     assert len(table.missing[table.rows[0], table.pairs[0]].failed) == 1  # in the row of its method
     report.main([str(tmp_path), "--select", "im"])
     assert "65.0 ± 0.0 (2) +1 failed" in capsys.readouterr().out
+
+
+def test_one_and_one_point_nought_are_one_setting(tmp_path: Path) -> None:
+    for name, pair in (("a", ("synth_digits", "digits")), ("b", OTHER)):
+        write_run(tmp_path / f"{name}1", pair=pair, config={"method.weight": 1 if name == "a" else 1.0})
+        write_run(tmp_path / f"{name}2", pair=pair, config={"method.weight": 0.5})
+    assert [str(row) for row in table_of(tmp_path).rows] == ["dann method.weight=0.5", "dann method.weight=1"]
 
 
 def test_other_settings_are_no_hyper_parameters(tmp_path: Path) -> None:
@@ -463,6 +470,7 @@ def check_latex(text: str, folder: Path) -> None:
 def test_latex_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_seeds(tmp_path, "source_only", BASE, pair=("a_b & c", "50%{x}"))
     write_seeds(tmp_path, "dann", CLEAR, pair=("a_b & c", "50%{x}"))
+    write_seeds(tmp_path, "mcc", [0.5, 0.4, 0.5, 0.5], pair=("a_b & c", "50%{x}"))
     write_seeds(
         tmp_path,
         "coral",
@@ -479,6 +487,7 @@ def test_latex_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert r"a\_b \& c $\to$ 50\%\{x\}" in out
     assert r"\texttt{selection=im}" in out and r"\texttt{target\_labels=0}" in out  # the rule and the budget
     assert "p \\textless{} 0.05" in out and "Holm" in out
+    assert r"$\downarrow$ worse than source\_only with the same settings" in out
     order = [out.index(text) for text in ("\nsource\\_only", "\ndann", "\nmcd", "\nfinetune (bound)", r"\bottomrule")]
     assert order == sorted(order)
 

@@ -37,29 +37,32 @@ def _plain(character: str) -> str:
 
 
 def as_latex(tables: Sequence[Table], records: Sequence[Record]) -> str:
-    r"""Needs \usepackage{booktabs}. What stands beside the table in other formats is in comments."""
-    parts = [_table(table) for table in tables]
+    r"""Needs \usepackage{booktabs}. Captions explain the signs; what else stands beside the table is in comments."""
+    parts = [comment(r"needs \usepackage{booktabs}"), *(_table(table, records) for table in tables)]
     for title, lines in remarks(tables, records):
-        parts.append("\n".join(comment(line) for line in [title, *(f"  {line}" for line in lines)]))
-    return "\n\n".join([comment(r"needs \usepackage{booktabs}"), *parts]) + "\n"
+        if lines:
+            parts.append("\n".join(comment(line) for line in [title, *lines]))
+    return "\n\n".join(parts) + "\n"
 
 
 def comment(text: str) -> str:
-    return f"% {' '.join(text.split())}"
+    return "% " + "".join(c if c.isascii() else _plain(c) for c in " ".join(text.split()))
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, records: Sequence[Record]) -> str:
     names, *others = columns(table, BEST)
+    signs = [title for title, lines in remarks([table], records) if not lines]
+    told = [f"{line[0].upper()}{line[1:]}." for line in [*caption(table), *best_line(table, "bold"), *signs]]
     common = ", ".join(f"\\texttt{{{escape(text)}}}" for text in table.common)
-    told = [escape(f"{line[0].upper()}{line[1:]}.") for line in [*caption(table), *best_line(table, "bold")]]
     header = ["", *(escape(" ".join(filter(None, column[:2]))) for column in others)]
     rows: list[list[str] | None] = []
     for row, name, *cells in zip(table.rows, names[2:], *(column[2:] for column in others), strict=True):
-        if row.bound and rows and not any(r is None for r in rows):
+        if row.bound and rows and None not in rows:
             rows.append(None)  # a rule before the bounds
         rows.append([escape(name), *map(_cell, cells)])
     title = TITLE[table.kind]
-    return tabular(" ".join([escape(f"{title[0].upper()}{title[1:]}."), f"{common}.", *told]), table.kind, header, rows)
+    said = [escape(f"{title[0].upper()}{title[1:]}."), f"{common}.", *map(escape, told)]
+    return tabular(" ".join(said), table.kind, header, rows)
 
 
 def _cell(text: str) -> str:

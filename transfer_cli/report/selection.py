@@ -207,6 +207,8 @@ def written(value: Any) -> str:
     """A setting's value as on the command line."""
     if isinstance(value, tuple):
         return f"[{','.join(written(v) for v in value)}]"
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")  # 1 and 1.0 are one setting
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
