@@ -686,8 +686,10 @@ def test_features_of_low_precision_are_those_that_evaluate_finds(
 
 def test_examples_are_still_images(transfer: Transfer, pair: list[str], tmp_path: Path) -> None:
     run = transfer("run", *pair, "method=coral").run
-    rows = [int(name.split("/")[1]) for name in np.load(run / "predictions.npz")["target_test_ids"][:64]]
-    shown = np.load(run / "examples.npz")["target_test"]
+    examples, ids = np.load(run / "examples.npz"), np.load(run / "predictions.npz")["target_test_ids"]
+    shown, index = examples["target_test"], examples["target_test_index"]
+    rows = [int(ids[i].split("/")[1]) for i in index]
+    assert len(index) == 80 and len(examples["source_test"]) == 64, "of small images more of the target's"
     assert np.array_equal(shown[:, 0], np.load(tmp_path / "field.npz")["images"][rows])
 
 
@@ -723,7 +725,7 @@ def test_arrays_are_resized_only_where_features_are_missing(
     plain = ResizedArrays.batch
     monkeypatch.setattr(ResizedArrays, "batch", lambda self, rows: (resized.append(len(rows)), plain(self, rows))[1])
     assert transfer("run", *chosen, "method.l2=1").code == 0
-    assert resized == [64, 64], "the examples for the report"
+    assert resized == [64, 80], "the examples for the report"
 
 
 def test_given_features_are_used_as_they_are(transfer: Transfer, pair: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,8 @@ from transfer_cli.evaluation.validators import (
 from transfer_cli.run_folder import HEADLINE
 
 SAMPLE = 500  # samples a domain whose features are kept for the report
-EXAMPLES = 64  # samples a domain whose inputs are kept
+EXAMPLES = 64  # samples a domain whose inputs are kept, spread over the test set
+SMALL, MORE_EXAMPLES = 4096, 256  # of the target's, if an image has so few bytes, so many
 PICTURED = 16  # samples a domain that a method may make pictures of
 
 
@@ -173,7 +175,7 @@ class Evaluator:
         return self._look(self._view(method), test).validators
 
     def samples(self, method: Predictor) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Features and example inputs of the first samples of both test sets, for the report."""
+        """Features of the first samples of both test sets, and images of some, whose rows `<split>_index` names; for the report."""
         features: dict[str, Any] = {}
         examples: dict[str, Any] = {}
         for split, part in (("source_test", self.heldout.source_test), ("target_test", self.heldout.target_test)):
@@ -183,13 +185,13 @@ class Evaluator:
             function = _features(method, split.removesuffix("_test"))
             features[split] = torch.cat(self.run(method, few.inputs, function)).numpy()
             features[f"{split}_labels"] = few.labels.numpy()
-            shown = few.inputs.take(torch.arange(min(EXAMPLES, len(few))))
-            if isinstance(shown, FeatureInputs):
-                shown = shown.raw
-            if shown.spec.kind == "image":
-                raw = shown if isinstance(shown, ArrayInputs) else None
-                images = raw.values if raw is not None else shown.batch(torch.arange(len(shown)))
-                examples[split] = images.numpy()  # type: ignore[union-attr]
+            inputs = part.inputs.raw if isinstance(part.inputs, FeatureInputs) else part.inputs
+            if inputs.spec.kind == "image":
+                many = split == "target_test" and math.prod(inputs.spec.shape) <= SMALL
+                rows = evenly(len(part), MORE_EXAMPLES if many else EXAMPLES)
+                shown = inputs.take(rows)
+                images = shown.values if isinstance(shown, ArrayInputs) else shown.batch(torch.arange(len(shown)))
+                examples |= {split: images.numpy(), f"{split}_index": rows.numpy()}  # type: ignore[union-attr]
         return features, {**examples, **self._pictures(method)}
 
     def _pictures(self, method: Predictor) -> dict[str, Any]:

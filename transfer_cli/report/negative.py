@@ -91,3 +91,19 @@ def _setting(run: Run, baseline: str) -> tuple[object, ...]:
         if owner.partition("=")[0] not in own
     }
     return (run.kind, run.pair, frozenset(kept.items()))
+
+
+def baseline_runs(runs: Iterable[Run]) -> dict[Path, Run]:
+    """By the path of a run, that of the same setting and seeds without transfer, the newest if there are several; of those that
+    have one."""
+    several = sorted(runs, key=lambda run: (run.time, run.path))
+    known = {
+        (run.method, run.seeds, _setting(run, run.method)): run for run in several if run.method in (FROZEN, TRAINED)
+    }
+    found = {}
+    for run in several:
+        others = [known.get((name, run.seeds, _setting(run, name))) for name in _baselines(run)]
+        baseline = next((other for other in others if other is not None), None)
+        if baseline is not None:
+            found[run.path] = baseline
+    return found
