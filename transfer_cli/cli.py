@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "run one experiment, or a sweep with -m: transfer run method=dann",
     "list": "what there is to choose from: transfer list methods",
     "report": "finished runs as a table: transfer report --format md",
+    "diagnose": "before training: how far apart two domains are, and what may help: transfer diagnose source=mnist target=usps",
     "reproduce": "a published table, run and compared: transfer reproduce office_caltech_surf",
     "predict": "classes and probabilities for new samples: transfer predict RUN_DIR FILES...",
     "evaluate": "recompute a run's figures from its checkpoint: transfer evaluate RUN_DIR",
