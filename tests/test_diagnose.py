@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Outcome
+from PIL import Image
 
 from transfer_cli.data.readers.digits import Digits
 from transfer_cli.data.readers.two_moons import TwoMoons
@@ -125,19 +126,25 @@ def test_a_partial_label_space_is_told(transfer: Transfer) -> None:
     assert any("BBSE needs the same classes" in s for s in known["sentences"])
 
 
-def test_sequences(transfer: Transfer, tmp_path: Path) -> None:
-    for name, letters in (("one", "ACGT"), ("two", "AACG")):
-        draw = np.random.default_rng(0)
-        rows = [f"{''.join(draw.choice(list(letters), 12))},{i % 2}" for i in range(80)]
-        (tmp_path / f"{name}.csv").write_text("\n".join(["sequence,label", *rows]) + "\n")
-    pair = [
-        f"{side}=sequences {side}.path={tmp_path}/{name}.csv" for side, name in (("source", "one"), ("target", "two"))
-    ]
-    arguments = " ".join(pair).split()
-    outcome = transfer(
-        "diagnose", *arguments, "source.kind=classification", "target.kind=classification", "backbone=identity"
-    )
-    assert outcome.code == 0, outcome.err
+def test_image_files_with_a_copy_among_them(transfer: Transfer, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for domain in ("one", "two"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / domain / label
+            folder.mkdir(parents=True)
+            for i in range(30):
+                coarse = Image.fromarray(draw.integers(0, 255, (5, 5, 3), dtype=np.uint8))
+                coarse.resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    copied = Image.open(tmp_path / "one" / "cat" / "3.png")
+    for i in range(60):  # wherever the splits put them, some pair is in different parts
+        copied.save(tmp_path / "two" / "cat" / f"copy{i}.jpg", quality=80)
+    pair = [f"source=image_folder source.path={tmp_path}/one target=image_folder target.path={tmp_path}/two"]
+    command = ["diagnose", *pair[0].split(), "source.name=one", "target.name=two", "image.size=12", "backbone=identity"]
+    known = found(transfer(*command, "threads=1", "workers=0", "--format", "json"))
+    near = {pair: counts["near"] for pair, counts in known["duplicates"].items()}
+    assert near["target train / target test"] + known["duplicates"]["target train / target test"]["exact"] >= 10
+    assert sum(n for pair, n in near.items() if pair.startswith("source") and "target" in pair) >= 30
+    assert {"duplicates", "near_duplicates"} <= set(rules(known))
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,10 @@ def _distance(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entries:
             "fewer than 20 samples in a domain",
         )
         return
-    rests = f"A-distance {distance['value']:.2f} [{distance['low']:.2f}, {distance['high']:.2f}], "
+    rests = (
+        f"A-distance {distance['value']:.2f} [{distance['low']:.2f}, {distance['high']:.2f}], "
         f"MMD² {test['value']:.3g} (p {test['p']:.3f})"
+    )
     regression = found["kind"] == "regression"
     baseline = "gp or no_adaptation head=ridge" if regression else "source_only (or finetune, with target labels)"
     if test["p"] > ALPHA and distance["value"] < CLOSE:

@@ -17,6 +17,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.health import domain_errors
 from transfer_cli.methods.math.divergences import coral, covariance
 from transfer_cli.methods.math.eigen import gram, top_eigenvectors
@@ -33,9 +34,15 @@ FEW = 1e-10  # an eigenvalue's share of the largest, below which it is rounding
 
 
 def standardised(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """By the mean and deviation of both together; features that never vary are left out."""
+    """By the mean and deviation of both together; features that never vary are left out.
+
+    Raises:
+        TransferError: none varies.
+    """
     both = torch.cat([source, target])
     varies = both.std(0, correction=0) > 1e-8
+    if not bool(varies.any()):
+        raise TransferError("the features are the same for all samples of both domains: nothing can be compared.")
     mean, scale = standardising(both[:, varies])
     return (source[:, varies] - mean) / scale, (target[:, varies] - mean) / scale
 
