@@ -25,7 +25,7 @@ from transfer_cli.data.extraction import make_extractor, on_features
 from transfer_cli.data.inputs import Extracted, Inputs, SequenceInputs
 from transfer_cli.data.task import TransferTask, Unlabelled
 from transfer_cli.diagnosis import distances, duplicates, label_shift, statistics, transferability
-from transfer_cli.diagnosis.advice import advise
+from transfer_cli.diagnosis.advice import ALPHA, advise
 from transfer_cli.errors import TransferError
 from transfer_cli.loops.console import Console
 from transfer_cli.loops.devices import choose_device, reproducible, use_threads
@@ -105,7 +105,8 @@ def compare(
     figures |= guesses
     weights = figures.get("label_shift", {}).get("weights")
     given = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    figures["removed"] = distances.removed(s, t, source.labels, given, seed)
+    differs = figures["mmd"]["p"] <= ALPHA  # else there is nothing to remove but chance
+    figures["removed"] = distances.removed(s, t, source.labels, given, seed) if differs else {}
     figures["transferability"] = scores
     return figures, sentences
 

@@ -14,6 +14,7 @@ MOST = 0.7  # share of MMD² that counts as most of it
 FURTHER = 0.15  # share that covariances must remove beyond means and scales
 CONDITION = 10.0  # of the confusion matrix, above which BBSE is not believed
 SHIFT = 0.1  # distance between class shares that matters
+MARGIN = 0.1  # by which moments may remove more than class shares that still explain them
 SUPPORT = 0.25  # share of MMD² that the estimated class shares must remove to be believed
 POOR = 0.6  # of the way from chance to perfect, below which a source classifier is weak
 FEW = 100  # samples a domain, below which figures are rough
@@ -109,7 +110,12 @@ def _distance(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entries:
         yield "alike", f"Nothing to adapt is seen in the inputs: {baseline} should do.", rests
         return
     if distance["high"] < CLOSE:
-        yield "close", f"The domains differ little: {baseline} is hard to beat; check adaptation against it.", rests
+        yield (
+            "not_linear",
+            f"No linear classifier tells the domains apart, yet they differ: whether {baseline} still works cannot be seen "
+            "from here.",
+            rests,
+        )
     elif distance["low"] > FAR:
         yield (
             "far",
@@ -124,7 +130,7 @@ def _distance(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entries:
 
 def _moments(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entries:
     gone = figures["removed"]
-    if not gone or figures["mmd"]["p"] > ALPHA:
+    if not gone or _class_shares_explain(figures):  # moved means may be nothing but other shares of the classes
         return
     first, both = max(gone["means"], gone["scales"]), gone["covariance"]
     moments = figures["moments"]
@@ -140,7 +146,11 @@ def _moments(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entries:
         yield "covariance", f"Second moments are what differs: coral, linear_ot{also}.", rests
     elif first > MOST:
         also = "" if regression else f"; networks with BatchNorm: {networks['first']}"
-        yield "means", f"First moments are most of it: mean_match (or features.normalise=[zscore_domain]){also}.", rests
+        yield (
+            "means",
+            f"Means and scales are most of it: mean_match (or features.normalise=[zscore_domain]){also}.",
+            rests,
+        )
     elif max(first, both) < 1 - MOST:
         which = "jdot, ot, kmm or gp" if regression else "dann, cdan, dsan or mcc on networks, ot or jdot on features"
         yield (
@@ -155,26 +165,23 @@ def _moments(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entries:
 
 def _label_shift(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entries:
     shift = figures.get("label_shift")
-    if not shift or "distance" not in shift:
+    if not shift or shift["distance"] < max(SHIFT, 2 * shift["noise"]):
         return
-    gone = figures["removed"].get("class_shares", 0.0) if figures["removed"] else 0.0
-    significant = figures["mmd"]["p"] <= ALPHA
+    gone = figures["removed"].get("class_shares", 0.0)
     rests = (
-        f"BBSE: distance {shift['distance']:.2f} [{shift['low']:.2f}, {shift['high']:.2f}], condition {shift['condition']:.1f}; "
-        f"these shares remove {_percent(gone)} of MMD²"
+        f"BBSE: distance {shift['distance']:.2f} [{shift['low']:.2f}, {shift['high']:.2f}], condition "
+        f"{shift['condition']:.1f}; these shares remove {_percent(gone)} of MMD²"
     )
-    if shift["distance"] < max(SHIFT, 2 * shift["noise"]):
-        return
-    if shift["condition"] > CONDITION:  # infinite where a class is never guessed
+    if shift["condition"] > CONDITION:  # infinite where a class is never told from others
         yield (
             "label_shift_unknown",
             "Class shares cannot be estimated: the classifier confuses classes too much.",
             rests,
         )
-    elif significant and gone >= SUPPORT:
+    elif gone >= SUPPORT:
         yield (
             "label_shift",
-            "Class shares differ: methods that assume them equal are at risk (dann, deep_coral, dan, ot, linear_ot, "
+            "Class shares differ: methods that assume them equal are at risk (dann, deep_coral, dan, ot, jdot, linear_ot, coral, "
             "mean_match, bnm); kmm and density_ratio weigh the source instead, and source_only assumes nothing of the kind.",
             rests,
         )
@@ -185,6 +192,15 @@ def _label_shift(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entrie
             "source's classifier errs on the target. Check the shares if you can.",
             rests,
         )
+
+
+def _class_shares_explain(figures: Mapping[str, Any]) -> bool:
+    """Whether a label shift that is believed removes as much of MMD² as any moments."""
+    shift, gone = figures.get("label_shift"), figures["removed"]
+    if not shift or shift["distance"] < max(SHIFT, 2 * shift["noise"]) or shift["condition"] > CONDITION:
+        return False
+    shares = gone.get("class_shares", 0.0)
+    return bool(shares >= max(SUPPORT, *(gone[key] - MARGIN for key in ("means", "scales", "covariance"))))
 
 
 def _granted(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Entries:
