@@ -175,7 +175,7 @@ def test_an_experiment_that_sets_keys_of_its_method_is_composed(transfer: Transf
     (folder / "mine.yaml").write_text(text)
     outcome = transfer("diagnose", "experiment=mine", "backbone=identity", "threads=1")
     assert outcome.code == 0, outcome.err
-    assert "200 of 180" not in outcome.out and "180 of 180 labelled source" in outcome.out
+    assert "200 of 180" not in outcome.out and "180 of 180 labelled source samples" in outcome.out
 
 
 def test_features_that_do_not_vary_are_refused(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,17 @@ def test_the_condition_number_tells_a_classifier_that_confuses_classes() -> None
     assert cross_fitted(gaussian(5), torch.tensor([0, 0, 0, 1, 1]), 2, gaussian(5), gaussian(5)) is None
 
 
+def test_source_classifiers_generalise_from_fewer_samples_than_features() -> None:
+    """A class in three directions of 300. Whitened, each of 120 samples would be orthogonal to all others."""
+    y = torch.arange(120) % 3
+    x = torch.cat([2 * torch.eye(3).double()[y], torch.zeros(120, 297).double()], 1) @ gaussian(300, 300, 1)
+    x = x + 3 * gaussian(120, 300, 2)
+    guessed = cross_fitted(x, y, 3, x[:2], x)
+    assert guessed is not None
+    assert float((guessed.source == y).double().mean()) > 0.9
+    assert float((guessed.further.argmax(1) == y).double().mean()) > 0.9
+
+
 # ------------------------------------------------------------------------------------------------ transferability
 
 
@@ -373,5 +384,11 @@ def test_every_method_that_is_recommended_exists() -> None:
     text = Path(advice.__file__).read_text()
     methods = set(names_in("method", [packaged_folder()]))
     said = "dann cdan dsan mcc jdot ot linear_ot coral deep_coral dan adabn mean_match kmm kliep density_ratio gp pada osbp"
-    for name in [*said.split(), *"bnm mme source_only no_adaptation finetune lp_ft linear_probe fixmatch".split()]:
+    for name in f"{said} bnm mme source_only no_adaptation finetune lp_ft linear_probe fixmatch".split():
         assert name in methods and re.search(rf"\b{name}\b", text), name
+
+
+@pytest.mark.parametrize("module", ["advice", "text"])
+def test_words_are_made_of_figures_alone(module: str) -> None:
+    text = (Path(advice.__file__).parent / f"{module}.py").read_text()
+    assert not re.search(r"^\s*(from|import) (torch|numpy|transfer_cli)", text, re.MULTILINE)

@@ -35,7 +35,6 @@ SCHEMA = 1
 SCANNED = 5000  # samples of a part, kept in memory, that are searched for duplicates
 SMALL = 64 * 64 * 3  # values of a sample, above which reading it takes time
 COLUMNS = 64  # columns whose means are told one by one
-CLASSIFIED = 256  # components in which source classifiers are fitted
 
 
 def diagnose(configs: Mapping[str, Config], samples: int) -> dict[str, Any]:
@@ -134,10 +133,8 @@ def _labelled(
     scores = {"logme": transferability.logme(x, labels.labels, own)}
     shrunk, plain = (transferability.h_score(x, labels.labels, shrunk=how) for how in (True, False))
     scores |= {name: value for name, value in (("h_score_shrunk", shrunk), ("h_score", plain)) if value is not None}
-    basis = distances.principal(features["source"], CLASSIFIED)
-    seen = {name: values @ basis for name, values in features.items()}
-    further = seen["granted"] if granted is not None else seen["target"][:0]
-    guessed = label_shift.cross_fitted(seen["source"], source.labels, classes, seen["target"], further)
+    further = features["granted"] if granted is not None else features["target"][:0]
+    guessed = label_shift.cross_fitted(features["source"], source.labels, classes, features["target"], further)
     if guessed is None:
         sentences.append("A source class has too few samples for a classifier: label shift, LEEP and NCE are left out.")
         return scores, {}, sentences

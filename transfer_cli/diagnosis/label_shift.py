@@ -15,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfer_cli.methods.heads.logistic import Logistic
+from transfer_cli.diagnosis.distances import principal
 from transfer_cli.methods.math.folds import folds_of
+from transfer_cli.methods.math.logistic import fit_logistic, standardising
 
 FOLDS = 3
-L2 = 1e-2
+L2, TOLERANCE = 1e-2, 1e-5
+COMPONENTS = (
+    256  # of the source's standardised features, in which classifiers are fitted: a turned view, each as wide as it is
+)
 REPLICATES = 200  # bootstrap samples; fewer where there are many classes
 ENTRIES = 2e7  # of all replicates' matrices together
 
@@ -39,13 +43,16 @@ def cross_fitted(x: Tensor, y: Tensor, classes: int, target: Tensor, further: Te
     fold = folds_of(y, FOLDS)
     if classes < 2 or fold is None or int(torch.bincount(y, minlength=classes).min()) < FOLDS:
         return None
+    mean, scale = standardising(x)
+    basis = principal((x - mean) / scale, COMPONENTS)
+    x, target, further = (((z - mean) / scale) @ basis for z in (x, target, further))
     own, others, probs = torch.empty_like(y), [], []
     for k in range(FOLDS):
-        head = Logistic("classification", classes, l2=L2)
-        head.fit(x[fold != k], y[fold != k])
-        own[fold == k] = head.predict(x[fold == k]).labels
-        others.append(head.predict(target).labels)
-        probs.append(head.predict(further).probs.double())
+        train = x[fold != k]
+        w, b = fit_logistic(train, y[fold != k], classes, L2, torch.full_like(train[:, 0], 1 / len(train)), TOLERANCE)
+        own[fold == k] = (x[fold == k] @ w.T + b).argmax(1)
+        others.append((target @ w.T + b).argmax(1))
+        probs.append((further @ w.T + b).softmax(1))
     return Guesses(own, torch.stack(others), torch.stack(probs).mean(0))
 
 

@@ -14,11 +14,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     """What `transfer diagnose` prints."""
     n = found["samples"]
     counts = [
-        f"{n['source']:,} of {n['source_all']:,} labelled source",
-        f"{n['target']:,} of {n['target_all']:,} unlabelled target",
+        f"{n['source']:,} of {n['source_all']:,} labelled source samples",
+        f"{n['target']:,} of {n['target_all']:,} unlabelled target samples",
     ]
     counts += [f"{n['granted']:,} target labels granted"] if n["granted"] else []
-    out = [f"{found['source']} -> {found['target']}    {found['kind']}", ", ".join(counts) + " samples"]
+    out = [f"{found['source']} -> {found['target']}    {found['kind']}", ", ".join(counts)]
     if found.get("label_space"):
         out.append(f"classes: {found['label_space']['overlap']}")
     out += [*found["notes"], ""]
