@@ -203,16 +203,29 @@ def build_method(
     if len(chosen) > 1:
         method = Chain(method, chosen[1].build(replace(context, source_model=None, make_backbone=None)))
     method.to(device)
+    _set_up(backbone, config, device, frozen=method.frozen_backbone)
+    return method
+
+
+def build_frozen_backbone(config: Config, components: Components, spec: InputSpec, device: torch.device) -> Backbone:
+    """The backbone alone, as the methods that never train it have it: the features are the same."""
+    seed_all(derive_seed(config.seed, "initialisation"), torch.device("cpu"))
+    backbone = build_checked(components["backbone"].build, spec, components["backbone"].name).to(device)
+    _set_up(backbone, config, device, frozen=True)
+    return backbone
+
+
+def _set_up(backbone: Backbone, config: Config, device: torch.device, frozen: bool) -> None:
+    """Memory layout, precision and compilation, in place."""
     if config.trainer.channels_last:
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if method.frozen_backbone and config.trainer.precision != "32":
+    if frozen and config.trainer.precision != "32":
         # Gradient phases have an autocast of their own. Here it goes wherever the backbone goes: features that are kept,
         # those of `transfer evaluate` and of new samples are of one precision.
         cast = torch.autocast(device.type, AUTOCAST[config.trainer.precision])
         backbone.forward = cast(backbone.forward)  # type: ignore[method-assign]
     if config.trainer.compile:
         backbone.compile()  # in place: names of parameters stay, so checkpoints fit with and without
-    return method
 
 
 def extract_features(
@@ -223,9 +236,13 @@ def extract_features(
         return problem
     assert isinstance(method.backbone, Backbone)
     extractor = make_extractor(method.backbone, components["backbone"], problem.task.input, config, device)
-    limit = int(config.features.cache_gb * 2**30)
-    cache = FeatureCache(Path(config.outputs) / "cache" / "features", limit) if limit else None
+    cache = feature_cache(config)
     return Problem(*with_features(problem.task, problem.heldout, extractor, cache, console), problem.notes)
+
+
+def feature_cache(config: Config) -> FeatureCache | None:
+    limit = int(config.features.cache_gb * 2**30)
+    return FeatureCache(Path(config.outputs) / "cache" / "features", limit) if limit else None
 
 
 def _works_on_features(components: Components) -> bool:

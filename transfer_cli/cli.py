@@ -14,6 +14,7 @@ from transfer_cli.errors import TransferError, suggest
 COMMANDS = {
     "run": "run one experiment, or a sweep with -m: transfer run method=dann",
     "plan": "what a sweep would run, and how long it takes: transfer plan method=dann,coral seed=0,1",
+    "diagnose": "before training: how far apart two domains are, and what may help: transfer diagnose source=mnist target=usps",
     "list": "what there is to choose from: transfer list methods",
     "report": "finished runs as a table: transfer report --format md",
     "show": "one run: state, figures, choices, how to repeat it: transfer show RUN_DIR",

@@ -65,13 +65,14 @@ def call_hydra(task: Callable[[DictConfig], Any], arguments: Sequence[str]) -> N
         raise TransferError(explained) from error
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
-    """The configuration that `transfer run` would have with `overrides`, without running anything.
+def composed(overrides: Sequence[str], flags: Sequence[str] = ()) -> DictConfig:
+    """The configuration that `transfer run` would have with `overrides`, without running anything; of `flags`, `--config-dir DIR`
+    counts.
 
     Raises:
         TransferError: for what the user can mend in the configuration.
     """
-    folders = _prepare(())
+    folders = _prepare(flags)
     try:
         with initialize_config_dir(str(packaged_folder()), version_base="1.3"):
             return compose("config", list(overrides))

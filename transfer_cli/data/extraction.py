@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -114,19 +114,26 @@ def with_features(
         TransferError: the cache cannot be written, or an image cannot be read.
     """
     parts = [*_parts(task).values(), *_parts(heldout).values()]
+    found = iter(on_features(parts, extract, cache, console))
+
+    def changed(owner: Any) -> Any:
+        return replace(owner, **{name: next(found) for name in _parts(owner)})
+
+    return changed(task), changed(heldout)
+
+
+def on_features(
+    parts: Sequence[Part | Unlabelled], extract: Extractor, cache: FeatureCache | None, console: Reporter
+) -> list[Part | Unlabelled]:
+    """The parts, each with features in the place of its inputs, as `with_features` has them."""
     shared: dict[str, list[Part | Unlabelled]] = {}
     for part in parts:
         shared.setdefault(_origin(part).key, []).append(part)
     values = {key: torch.from_numpy(_features(same, extract, cache, console)) for key, same in shared.items()}
-
-    def on_features(part: Part | Unlabelled) -> Part | Unlabelled:
-        origin = _origin(part)
-        return replace(part, inputs=FeatureInputs(values[origin.key], origin.rows, part.inputs))
-
-    def changed(owner: Any) -> Any:
-        return replace(owner, **{name: on_features(part) for name, part in _parts(owner).items()})
-
-    return changed(task), changed(heldout)
+    return [
+        replace(part, inputs=FeatureInputs(values[_origin(part).key], _origin(part).rows, part.inputs))
+        for part in parts
+    ]
 
 
 def _parts(owner: TransferTask | Heldout) -> dict[str, Part | Unlabelled]:

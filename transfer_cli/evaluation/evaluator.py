@@ -175,13 +175,13 @@ class Evaluator:
         return self._look(self._view(method), test).validators
 
     def samples(self, method: Predictor) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Features of the first samples of both test sets, and images of some, whose rows `<split>_index` names; for the report."""
+        """Features and images of samples spread over both test sets, for the report; `<split>_index` names the images' rows."""
         features: dict[str, Any] = {}
         examples: dict[str, Any] = {}
         for split, part in (("source_test", self.heldout.source_test), ("target_test", self.heldout.target_test)):
             if part is None or not len(part):
                 continue
-            few = part.take(torch.arange(min(SAMPLE, len(part))))
+            few = part.take(evenly(len(part), SAMPLE))
             function = _features(method, split.removesuffix("_test"))
             features[split] = torch.cat(self.run(method, few.inputs, function)).numpy()
             features[f"{split}_labels"] = few.labels.numpy()

@@ -52,6 +52,12 @@ def proxy_a_distance(source: Tensor, target: Tensor, seed: int = 0) -> float | N
     ε is the mean over two folds, each half predicted by the classifier of the other. None where there are too few samples
     or a feature is not finite.
     """
+    errors = domain_errors(source, target, seed)
+    return None if errors is None else max(0.0, 2 * (1 - 2 * sum(float(fold.mean()) for fold in errors) / 2))
+
+
+def domain_errors(source: Tensor, target: Tensor, seed: int = 0) -> tuple[Tensor, Tensor] | None:
+    """For the samples of each of the two folds, equally many of both domains: 1 where the other fold's classifier errs, else 0."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -67,5 +73,5 @@ def proxy_a_distance(source: Tensor, target: Tensor, seed: int = 0) -> float | N
     for one, other in ((0, 1), (1, 0)):
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (L2 * len(folds[one])), max_iter=1000))
         guesses = classifier.fit(folds[one], labels[one]).predict(folds[other])
-        errors.append(float((guesses != labels[other]).mean()))
-    return max(0.0, 2 * (1 - 2 * sum(errors) / 2))
+        errors.append(torch.from_numpy(guesses != labels[other]).double())
+    return errors[0], errors[1]
