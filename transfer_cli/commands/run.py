@@ -29,9 +29,15 @@ def main(argv: list[str]) -> int:
     def task(composed: DictConfig) -> None:
         """Errors are kept instead of raised: Hydra would add lines of its own, and in a sweep lose the other runs."""
         try:
-            from transfer_cli.experiment import run  # torch comes only now: completion and --cfg answer without it
+            config, command = typed(composed), ["transfer", "run", *HydraConfig.get().overrides.task]
+            if config.seeds_together > 1:  # torch comes only now: completion and --cfg answer without it
+                from transfer_cli.together import run_seeds
 
-            run(typed(composed), ["transfer", "run", *HydraConfig.get().overrides.task])
+                run_seeds(config, command)
+            else:
+                from transfer_cli.experiment import run
+
+                run(config, command)
         except Exception as error:
             errors.append(error)
             failed.append(" ".join(HydraConfig.get().overrides.task))
