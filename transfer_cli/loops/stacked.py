@@ -164,8 +164,7 @@ class Stack:
         with torch.no_grad():
             for name, parameter in own[0].items():
                 if name not in self.parameters:
-                    stacked = torch.stack([of[name].detach() for of in own])
-                    self.parameters[name] = nn.Parameter(stacked)
+                    self.parameters[name] = nn.Parameter(_room_for([of[name].detach() for of in own]))
                 for i, of in enumerate(own):
                     self._settle(self.parameters[name].detach()[i], of[name])
                 self.parameters[name].requires_grad_(parameter.requires_grad)
@@ -173,7 +172,7 @@ class Stack:
                 parts = [of[name] for of in buffers]
                 there = self.buffers.get(name)
                 if there is None or there.shape[1:] != parts[0].shape or there.dtype != parts[0].dtype:
-                    self.buffers[name] = torch.stack(parts)
+                    self.buffers[name] = _room_for(parts)
                 for i, part in enumerate(parts):
                     self._settle(self.buffers[name][i], part)
             self.buffers = {name: self.buffers[name] for name in buffers[0]}
@@ -211,6 +210,21 @@ class Stack:
         if any(id(p) not in names for move in moves for p in move.parameters):
             raise CannotStack("the method moves parameters that are not part of it")
         return [replace(move, parameters=[self.parameters[names[id(p)]] for p in move.parameters]) for move in moves]
+
+
+def _room_for(parts: Sequence[Tensor]) -> Tensor:
+    """For all of them, in the memory format that each has: on it depends in which order dropout draws, and convolutions' speed."""
+    last = parts[0].dim() == 4 and parts[0].is_contiguous(memory_format=torch.channels_last)
+    shape = (len(parts), *parts[0].shape)
+    if not last:
+        return torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
+    return _channels_last(shape, parts[0])
+
+
+def _channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Of shape `(S, B, C, H, W)`, each of S in that format."""
+    s, b, c, h, w = shape
+    return like.new_empty((s, b, h, w, c)).permute(0, 1, 4, 2, 3)
 
 
 def _with_copies(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -311,7 +325,9 @@ class _Dropout(torch.autograd.Function):
     """Inverted dropout of each seed's samples by draws from its own generator, in the order of a single run."""
 
     @staticmethod
-    def forward(x: Tensor, shape: tuple[int, ...], rate: float, generators: Sequence[torch.Generator]) -> Tensor:
+    def forward(
+        x: Tensor, shape: tuple[int, ...], rate: float, generators: Sequence[torch.Generator], channels_last: bool
+    ) -> Tensor:
         raise CannotStack("the method drops out something that is no seed's own")
 
     @staticmethod
@@ -319,9 +335,11 @@ class _Dropout(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, shape: Any, rate: float, generators: Any) -> tuple[Tensor, int]:
-        x = _first(x, in_dims[0], info.batch_size)
-        kept = x.new_empty((len(generators), *shape))
+    def vmap(
+        info: Any, in_dims: Any, x: Tensor, shape: Any, rate: float, generators: Any, channels_last: bool
+    ) -> tuple[Tensor, int]:
+        x, shape = _first(x, in_dims[0], info.batch_size), (len(generators), *shape)
+        kept = _channels_last(shape, x) if channels_last else x.new_empty(shape)
         for noise, generator in zip(kept, generators, strict=True):
             noise.bernoulli_(1 - rate, generator=generator)
         return x * kept.div_(1 - rate), 0
@@ -334,7 +352,7 @@ def _first(x: Any, dim: int | None, size: int) -> Any:
 
 
 @contextmanager
-def _stackable_layers(method: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[None]:
+def _stackable_layers(method: nn.Module, generators: Sequence[torch.Generator], channels_last: bool) -> Iterator[None]:
     """Inside, linear and dropout layers do their work on stacks."""
     changed = []
     for module in method.modules():
@@ -343,7 +361,7 @@ def _stackable_layers(method: nn.Module, generators: Sequence[torch.Generator]) 
         elif isinstance(module, _DropoutNd):
             if type(module) not in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
                 raise CannotStack(f"{type(module).__name__} layers draw in a way of their own")
-            module.forward = _dropout_of(module, generators)
+            module.forward = _dropout_of(module, generators, channels_last)
         else:
             continue
         changed.append(module)
@@ -361,13 +379,15 @@ def _linear_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _dropout_of(layer: _DropoutNd, generators: Sequence[torch.Generator]) -> Callable[[Tensor], Tensor]:
+def _dropout_of(
+    layer: _DropoutNd, generators: Sequence[torch.Generator], channels_last: bool
+) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         if not layer.training or layer.p == 0:
             return x
         whole = type(layer) is nn.Dropout
         shape = tuple(x.shape) if whole else (*x.shape[:2], *(1 for _ in x.shape[2:]))
-        return _Dropout.apply(x, shape, layer.p, generators)
+        return _Dropout.apply(x, shape, layer.p, generators, channels_last and whole and x.dim() == 4)
 
     return forward
 
@@ -468,7 +488,13 @@ class _Together:
         self.stack = Stack([session.method for session in self.sessions])
         try:
             with ExitStack() as inside:
-                inside.enter_context(_stackable_layers(self.session.method, [draws.generator for draws in self.draws]))
+                inside.enter_context(
+                    _stackable_layers(
+                        self.session.method,
+                        [draws.generator for draws in self.draws],
+                        self.session.trainer.channels_last,
+                    )
+                )
                 self._train(inside)
         finally:
             self.stack.release()
