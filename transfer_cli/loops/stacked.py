@@ -45,7 +45,7 @@ CHECKED = 2  # steps at a phase's start: terms that measure what has moved are z
 
 
 class CannotStack(TransferError):
-    """This experiment's seeds cannot be trained together; nothing was changed."""
+    """This experiment's seeds cannot be trained together; what their runs saved before is as it was."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"seeds_together: {reason}. Leave it out and sweep: transfer run -m ... seed=0,1,2")
