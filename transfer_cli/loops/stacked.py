@@ -41,6 +41,7 @@ from transfer_cli.methods.phases import Batch, Gradient, Labelled, Losses, Moves
 # Of a loss or gradient over the stack from that of one seed alone, relative and absolute. Rounding shows in the flip of a ReLU at
 # most; state that is another seed's, or a term that got lost, shows by tenths.
 TOLERANCE = {torch.float32: (2e-2, 2e-6), torch.float64: (1e-7, 1e-10)}
+SMALL = 4096  # weights of a linear layer, up to which the general rule's copies cost less than leaving it
 CHECKED = 2  # steps at a phase's start: terms that measure what has moved are zero in the first
 
 
@@ -387,8 +388,10 @@ def _stackable_layers(method: nn.Module, generators: Sequence[torch.Generator], 
 
 
 def _linear_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    own = layer.weight.numel() > SMALL
+
     def forward(x: Tensor) -> Tensor:
-        return (_Linear.apply if x.dim() == 2 else F.linear)(x, layer.weight, layer.bias)
+        return (_Linear.apply if own and x.dim() == 2 else F.linear)(x, layer.weight, layer.bias)
 
     return forward
 
