@@ -44,7 +44,7 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
     fingerprints = {group: reader.fingerprint() for group, reader in readers(config, components).items()}
 
     with folder.locked():
-        if not _is_to_do(folder, config, fingerprints, device, console):
+        if not is_to_do(folder, config, fingerprints, device, console):
             return folder
         reproducible(device)
         use_threads((read_json(folder.manifest) or {}).get("threads") or config.threads)
@@ -106,10 +106,20 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
     return folder
 
 
-def _is_to_do(
-    folder: RunFolder, config: Config, fingerprints: dict[str, str], device: torch.device, console: Console
+def is_to_do(
+    folder: RunFolder,
+    config: Config,
+    fingerprints: dict[str, str],
+    device: torch.device,
+    console: Console,
+    brief: bool = False,
 ) -> bool:
-    """Whether there is work left: a finished run is shown, a failed one needs the user's word, an interrupted one goes on."""
+    """Whether there is work left: a finished run is shown (its figures, if not `brief`), a failed one needs the user's word, an
+    interrupted one goes on.
+
+    Raises:
+        TransferError: it failed, or stands on other ground.
+    """
     status = read_json(folder.status) or {}
     state = status.get("state")
     if config.force:
@@ -120,7 +130,7 @@ def _is_to_do(
         if not folder.figures.exists():  # killed between the last figure of the result and the first of these
             draw_figures(folder)
         console.say(f"finished before on {status.get('time', '?')}; force=true runs it again")
-        for line in result_lines(read_json(folder.result), folder.path):
+        for line in () if brief else result_lines(read_json(folder.result), folder.path):
             console.say(line)
         return False
     if state == "failed" and not config.retry_failed:

@@ -44,7 +44,12 @@ def prepare(
     """Write the configuration, the manifest and the status `running`; sweep away temporary files of a process that was killed."""
     for leftover in folder.path.rglob("*.tmp"):
         leftover.unlink()
-    kept = {**asdict(config), "force": False, "retry_failed": False}  # words to one start, not to the run
+    kept = {
+        **asdict(config),
+        "force": False,
+        "retry_failed": False,
+        "seeds_together": 1,
+    }  # words to one start, not to the run
     kept |= {group: {} for group in OPTIONAL_COMPONENTS if group not in components}
     write_atomically(folder.config, yaml.safe_dump(kept, sort_keys=False).encode())
     if not folder.manifest.exists():
@@ -64,6 +69,7 @@ def prepare(
                 "device": device.type,
                 "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
                 "threads": torch.get_num_threads(),
+                "seeds_together": config.seeds_together,
                 "seed": config.seed,
                 "data_seed": config.data_seed,
                 "fingerprints": fingerprints,

@@ -36,12 +36,19 @@ class Task:
         """The run's score, for a sweeper that searches; None where it failed or target labels chose its checkpoint."""
         words = HydraConfig.get().overrides.task
         try:
-            from transfer_cli.experiment import run  # torch comes only now: completion and --cfg answer without it
-
             config, sweeping = typed(composed), HydraConfig.get().mode == RunMode.MULTIRUN
             if config.sweep.kind != "grid" and not sweeping:
                 raise TransferError(f"sweep={config.sweep.kind} is of many runs: add -m.")
-            return score(run(config, ["transfer", "run", *(w for w in words if not w.startswith("sweep"))]))
+            command = ["transfer", "run", *(w for w in words if not w.startswith("sweep"))]
+            if config.seeds_together > 1:  # torch comes only now: completion and --cfg answer without it
+                from transfer_cli.together import run_seeds
+
+                scores = [score(folder) for folder in run_seeds(config, command)]
+                known = [s for s in scores if s is not None]
+                return sum(known) / len(known) if known else None
+            from transfer_cli.experiment import run
+
+            return score(run(config, command))
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 _tell(error, words, self.show_traceback)

@@ -134,6 +134,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     workers: int = 2  # that decode image files; sets in memory need none
     threads: int | None = None
+    seeds_together: int = 1  # seeds, from `seed` on, that one process trains in one loop; each is a run of its own
     force: bool = False
     retry_failed: bool = False
     plugins: list[str] = field(default_factory=list)
@@ -163,6 +164,7 @@ OUTSIDE_IDENTITY = (
     "device",
     "workers",
     "threads",
+    "seeds_together",
     "force",
     "retry_failed",
     "plugins",
@@ -226,6 +228,8 @@ def check(config: Config) -> None:
             raise TransferError(f"split.{key} is a share between 0 and 1, not {getattr(config.split, key)}.")
     if config.trainer.clip_norm is not None and config.trainer.clip_norm <= 0:
         raise TransferError(f"trainer.clip_norm is a positive norm, or null; not {config.trainer.clip_norm}.")
+    if config.seeds_together < 1:
+        raise TransferError(f"seeds_together is a number of seeds, at least 1; not {config.seeds_together}.")
     if config.bottleneck is not None and config.bottleneck < 1:
         raise TransferError(f"bottleneck is a width, at least 1, or null; not {config.bottleneck}.")
     if config.trainer.ema is not None and not 0 < config.trainer.ema < 1:

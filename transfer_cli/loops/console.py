@@ -55,7 +55,10 @@ class Console:
 
     def milestone(self, name: str, step: int, values: dict[str, float]) -> None:
         """An evaluation's figures: into the log, and to the reader where no bar shows the way."""
-        line = f"{name} step {step}  " + "  ".join(f"{k} {v:.3g}" for k, v in values.items())
+        self.note(f"{name} step {step}  " + "  ".join(f"{k} {v:.3g}" for k, v in values.items()))
+
+    def note(self, line: str) -> None:
+        """A line for the log, and for the reader where no bar shows the way."""
         if self._bar is None:
             self.say(line)
         else:
@@ -65,3 +68,27 @@ class Console:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class SeedConsole(Console):
+    """The voice of one seed among several that train together: its lines go to its own run.log, its warnings also to the reader."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.last: dict[str, float] = {}  # the figures of its last evaluation
+
+    def say(self, line: str) -> None:
+        print(f"seed {self.seed}: {line}", flush=True)
+        self.log(line)
+
+    def start(self, name: str, done: int, total: int) -> None:
+        if done:
+            self.log(f"{name}: going on at step {done}/{total}")
+
+    def milestone(self, name: str, step: int, values: dict[str, float]) -> None:
+        self.last = values
+        super().milestone(name, step, values)
+
+    def note(self, line: str) -> None:
+        self.log(line)

@@ -35,22 +35,22 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
     if place.start == 0 and phase.on_start is not None:
         phase.on_start()
         session.restart_average()
-    optimizers = [_optimizer(update, session) if update.moves else None for update in phase.updates]
+    optimizers = [optimizer_of(update, session) if update.moves else None for update in phase.updates]
     scaler = torch.amp.GradScaler(session.device.type, enabled=trainer.precision == "16")
     record, losses = StepRecord(), set[str]()
     phase_parts: dict[str, Any] = {f"optimizer{i}": o for i, o in enumerate(optimizers) if o is not None}
     phase_parts |= {"scaler": scaler, "record": record, "rng": RandomState(session.device)}
-    batches = _batches(phase, session, place.start)
+    batches = batches_of(phase, session, place.start)
     checkpoints.register(**phase_parts)  # the generators last: nothing draws between here and the first step
     stepper = _Stepper(session, phase, scaler)
-    refresh_every = _refresh_every(phase, session)
+    every = refresh_every(phase, session)
 
     session.console.start(phase.name, place.start, steps)
     method.train()
     with closing(batches):  # ends its workers, whatever happens
         for step in range(place.start, steps):
             progress = Progress(step, steps)
-            if phase.refresh is not None and step % refresh_every == 0:
+            if phase.refresh is not None and step % every == 0:
                 phase.refresh.fit(feature_task(session, phase.owner or method, phase.refresh.parts))
                 session.follow_buffers()
                 method.train()
@@ -58,7 +58,7 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
             stepper.measure = (step + 1) % trainer.log_every == 0  # a norm costs a little, and nobody reads every one
             for i, (update, optimizer) in enumerate(zip(phase.updates, optimizers, strict=True)):
                 if optimizer is not None:
-                    _set_rates(optimizer, session.schedule(progress.p))
+                    set_rates(optimizer, session.schedule(progress.p))
                 for _ in range(update.repeats):
                     outcome = stepper(update, optimizer, batch, progress, first=i == 0)
                     record.add(step, {**outcome.terms, **outcome.diagnostics})
@@ -76,7 +76,7 @@ def run_gradient(phase: Gradient, session: Session, place: Place) -> None:
                 or done % trainer.eval_every == 0
                 or done % trainer.checkpoint_every == 0
             ):
-                _log(record, losses, scaler.is_enabled(), phase, session, place, done)
+                log_interval(record, losses, scaler.is_enabled(), phase, session, place, done)
             if phase.predicts and (at_end or done % trainer.eval_every == 0):
                 session.monitor.observe(session.evaluated, place.steps_before + done, phase.name, candidate=place.last)
                 method.train()
@@ -109,21 +109,21 @@ class _Stepper:
                 return update.objective(batch, progress)
         again = None
         if isinstance(optimizer, SAM | LineSearch):
-            again = Replay(lambda: _total(self._losses(update, batch, progress, first)), self.method, self.device)
+            again = Replay(lambda: total(self._losses(update, batch, progress, first)), self.method, self.device)
         losses = self._losses(update, batch, progress, first)
         self.method.zero_grad(set_to_none=True)
         if isinstance(optimizer, LineSearch):
             assert again is not None
             with again.without_trace():
-                optimizer.minimise(_total(losses), again)
+                optimizer.minimise(total(losses), again)
             return self._measured(losses, update)
-        self.scaler.scale(_total(losses)).backward()
+        self.scaler.scale(total(losses)).backward()
         if isinstance(optimizer, SAM):
             assert again is not None
             with again.without_trace(), optimizer.climbed():
-                total = again()
+                climbed = again()
                 self.method.zero_grad(set_to_none=True)
-                total.backward()
+                climbed.backward()
         if self.clip is not None or self.measure:
             self.scaler.unscale_(optimizer)
         losses = self._measured(losses, update)
@@ -147,7 +147,8 @@ class _Stepper:
         return replace(losses, diagnostics={**losses.diagnostics, **_gradient_norms(update.moves)})
 
 
-def _total(losses: Losses) -> Tensor:
+def total(losses: Losses) -> Tensor:
+    """What is minimised."""
     terms = list(losses.terms.values())
     return sum(terms[1:], terms[0])
 
@@ -167,7 +168,7 @@ def _gradient_norms(moves: Sequence[Moves]) -> dict[str, Tensor]:
     return norms
 
 
-def _refresh_every(phase: Gradient, session: Session) -> int:
+def refresh_every(phase: Gradient, session: Session) -> int:
     if phase.refresh is None:
         return 0
     if phase.refresh.every is not None:
@@ -176,7 +177,7 @@ def _refresh_every(phase: Gradient, session: Session) -> int:
     return max(1, max(sizes) // session.trainer.batch_size)
 
 
-def _optimizer(update: Update, session: Session) -> Optimizer:
+def optimizer_of(update: Update, session: Session) -> Optimizer:
     groups: list[dict[str, Any]] = [
         {"params": list(m.parameters), "lr_scale": m.lr_scale} for m in update.moves if len(m.parameters)
     ]
@@ -190,12 +191,12 @@ def _optimizer(update: Update, session: Session) -> Optimizer:
     return optimizer
 
 
-def _set_rates(optimizer: Optimizer, factor: float) -> None:
+def set_rates(optimizer: Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def _batches(phase: Gradient, session: Session, start: int) -> Any:
+def batches_of(phase: Gradient, session: Session, start: int) -> Any:
     """Endless batches of the parts that the task has and the phase reads, from step `start` on."""
     parts = task_parts(session.task, phase.parts)
     streams = {name: _stream(session, phase, name, part, start) for name, part in parts.items() if part is not None}
@@ -238,9 +239,14 @@ def _stream(session: Session, phase: Gradient, name: str, part: Part | Unlabelle
     return stream.iterate(start)
 
 
-def _log(
+def log_interval(
     record: StepRecord, losses: set[str], scaled: bool, phase: Gradient, session: Session, place: Place, done: int
-) -> None:
+) -> dict[str, float]:
+    """Write the means since the last call; they are returned.
+
+    Raises:
+        TransferError: one was not finite.
+    """
     # Where losses are scaled, a gradient that overflows is a step skipped; elsewhere it would end in the weights.
     gradients = set() if scaled else {name for name in record.names() if name.startswith(GRADIENT_NORM)}
     try:
@@ -266,3 +272,4 @@ def _log(
             session.metrics.write(step=step, phase=phase.name, split="diagnostics", values=others)
         session.health.interval(step, phase.name, done, terms, others)
     session.console.advance(done, values)
+    return values

@@ -40,19 +40,23 @@ LOOPS: dict[type, str] = {  # the loop registry: imported on use
 
 
 class Clock:
-    """Seconds spent, over all the processes that worked on the run."""
+    """Seconds spent, over all the processes that worked on the run: its `share` of theirs, where several seeds train together."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
+    def __init__(self, share: float = 1.0) -> None:
+        self._start, self.share = time.perf_counter(), share
+        self._end: float | None = None
 
     def seconds(self) -> float:
-        return time.perf_counter() - self._start
+        return ((self._end or time.perf_counter()) - self._start) * self.share
+
+    def stop(self) -> None:
+        self._end = time.perf_counter()
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.seconds()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._start = time.perf_counter() - state["seconds"]
+        self._start = time.perf_counter() - state["seconds"] / self.share
 
 
 @dataclass
@@ -198,7 +202,22 @@ def run_phases(session: Session) -> int:
         SystemExit: interrupted; the state is saved.
         TransferError: a loss that is not finite.
     """
-    phases = session.method.phases()
+    phases, position = session.method.phases(), begin(session)
+    steps_before = 0
+    for index, phase in enumerate(phases):
+        if index >= position["phase"]:
+            start = position["step"] if index == position["phase"] else 0
+            run_phase(phase, session, Place(index, index == len(phases) - 1, steps_before, start))
+            session.checkpoints.save(
+                {"phase": index + 1, "step": 0, "global_step": steps_before + steps_of(phase, session)}
+            )
+            session.leave_if_asked(phase.name, steps_of(phase, session), steps_of(phase, session))
+        steps_before += steps_of(phase, session)
+    return steps_before
+
+
+def begin(session: Session) -> dict[str, Any]:
+    """Restore what a checkpoint holds of all that outlives a phase; the position to go on from."""
     position = session.checkpoints.open()
     if position is None:
         position = {"phase": 0, "step": 0}
@@ -209,21 +228,15 @@ def run_phases(session: Session) -> int:
     if session.average is not None:
         parts["average"] = session.average
     session.checkpoints.register(**parts, clock=session.clock, health=session.health)
-    steps_before = 0
-    for index, phase in enumerate(phases):
-        if index >= position["phase"]:
-            start = position["step"] if index == position["phase"] else 0
-            if start == 0:
-                seed_all(derive_seed(session.seed, "phase", index), session.device)
-                session.health.begin(steps_of(phase, session))
-            place = Place(index, index == len(phases) - 1, steps_before, start)
-            _loop(phase)(phase, session, place)
-            session.checkpoints.save(
-                {"phase": index + 1, "step": 0, "global_step": steps_before + steps_of(phase, session)}
-            )
-            session.leave_if_asked(phase.name, steps_of(phase, session), steps_of(phase, session))
-        steps_before += steps_of(phase, session)
-    return steps_before
+    return position
+
+
+def run_phase(phase: Phase, session: Session, place: Place) -> None:
+    """One phase, in the loop of its kind."""
+    if place.start == 0:
+        seed_all(derive_seed(session.seed, "phase", place.index), session.device)
+        session.health.begin(steps_of(phase, session))
+    _loop(phase)(phase, session, place)
 
 
 def steps_of(phase: Phase, session: Session) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,26 @@ def result_lines(result: Mapping[str, Any] | None, path: Path) -> list[str]:
         *_ood_lines(result),
     ]
     return [*lines, *verdict, _checkpoint_line(result), *warning_lines(result, path), _folder_line(path)]
+
+
+def seed_lines(runs: Sequence[tuple[Mapping[str, Any] | None, Path]]) -> list[str]:
+    """The lines that end several seeds of one experiment, by their results and folders: each one's figure, and their mean."""
+    lines, values = [], []
+    for result, path in runs:
+        if result is None or damage(result):
+            continue
+        headline = HEADLINE[result["kind"]]
+        values.append(result["metrics"]["target_test"][headline])
+        lines.append(f"seed {result['seed']:<3} {_figure(headline, values[-1])}    {short(path)}")
+    if len(values) < 2:
+        return lines
+    spread = _figure(headline, statistics.stdev(values))
+    told = f"mean     {_figure(headline, statistics.mean(values))} ± {spread}    target test {headline}"
+    return [*lines, f"{told}        next: transfer report"]
+
+
+def _figure(headline: str, value: float) -> str:
+    return _percent(value) if headline == "accuracy" else f"{value:.4g}"
 
 
 def _classification_figures(metrics: Mapping[str, float]) -> dict[str, str]:

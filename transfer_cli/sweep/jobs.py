@@ -219,7 +219,9 @@ class Look:
         try:
             config = self.composer.config(words)
             components = resolve_components(config)
-            folder = RunFolder(identify(config, components).folder(config.outputs))
+            seeds = [replace(config, seed=config.seed + i) for i in range(config.seeds_together)]
+            folders = [RunFolder(identify(own, components).folder(config.outputs)) for own in seeds]
+            folder = next((f for f in folders if f.state() != "finished"), folders[0])  # what is left to do, if anything
             state, error = folder.state(), None
             if state == "finished":
                 self._check_data(folder, config, components)

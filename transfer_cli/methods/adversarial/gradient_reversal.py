@@ -13,9 +13,17 @@ from transfer_cli.methods.adversarial.perceptron import perceptron
 
 class _Reverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coefficient: float) -> Tensor:
-        ctx.coefficient = coefficient
+    def forward(x: Tensor, coefficient: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.coefficient = inputs[1]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, coefficient: float) -> tuple[Tensor, int]:
+        """Elementwise, so the same over a stack (`loops/stacked.py`)."""
+        return _Reverse.apply(x, coefficient), in_dims[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
