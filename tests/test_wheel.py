@@ -20,6 +20,7 @@ def test_a_wheel_installed_elsewhere_runs_the_smoke_experiment(tmp_path: Path) -
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert "transfer_cli/conf/config.yaml" in names and "transfer_cli/conf/method/dann.yaml" in names
+    assert "hydra_plugins/transfer_launcher.py" in names and "transfer_cli/conf/hydra/launcher/slurm.yaml" in names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "outputs/", "conf/"))]
     # A venv of its own that borrows this one's libraries: the wheel and its configuration are what is under test.
     subprocess.run([*python, "venv", str(tmp_path / "venv")], check=True)

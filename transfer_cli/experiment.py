@@ -23,6 +23,7 @@ from transfer_cli.loops.session import make_session, run_phases
 from transfer_cli.report.closing import result_lines
 from transfer_cli.report.figures import draw_figures
 from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.sinks import Sinks, check_sinks
 
 
 def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
@@ -36,6 +37,7 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
 
     # what is asked for, and where its outcome lies
     components = resolve_components(config)
+    check_sinks(config.sinks, config.plugins)
     identity = identify(config, components)
     folder = RunFolder(identity.folder(config.outputs))
     device = choose_device(config.device)
@@ -70,6 +72,8 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
 
         outputs.prepare(folder, config, components, identity, fingerprints, device, command)
         console.log_to(folder.log)
+        sinks, state = Sinks(config, folder, device, console.say), "interrupted"
+        session.metrics.listeners.append(sinks.write)
         try:
             with interrupt.watching():
                 # the method's phases
@@ -83,13 +87,17 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
                 result = outputs.write_result(
                     session, model, found, folder, config, components, loaded=loaded, steps=steps
                 )
+                sinks.finish(result)
                 folder.set_status("finished")
+                state = "finished"
         except Exception as error:
+            state = "failed"
             folder.set_status(
                 "failed", error=str(error) if isinstance(error, TransferError) else f"{type(error).__name__}: {error}"
             )
             raise
         finally:
+            sinks.close(state)
             console.stop()
         draw_figures(folder)
         for line in result_lines(result, folder.path):

@@ -178,6 +178,8 @@ def _bad_key(error: OmegaConfBaseException, chain: Sequence[BaseException]) -> s
         return "an experiment's YAML must begin with the line '# @package _global_'."
     override = re.search(r"Could not override '([^']+)'", said)
     key = override.group(1) if override else key
+    if "is not a ListConfig" in message:
+        return f"{key} is a list: write {key}=[...], with brackets."
     if "not in" not in message:
         return f"{key}: {message}" if key else message
     group, _, last = key.rpartition(".")

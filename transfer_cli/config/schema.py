@@ -138,6 +138,7 @@ class Config:
     retry_failed: bool = False
     plugins: list[str] = field(default_factory=list)
     sweep: Sweep = field(default_factory=Sweep)
+    sinks: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb: where events go besides metrics.jsonl
 
 
 COMPONENTS = (
@@ -174,6 +175,7 @@ OUTSIDE_IDENTITY = (
     "sweep.n",
     "sweep.seed",
     "sweep.default",
+    "sinks",
 )
 
 

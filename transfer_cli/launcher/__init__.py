@@ -1,1 +1,1 @@
-"""The `local` launcher: a sweep's jobs side by side, each in a process of its own. The class that Hydra finds is in `hydra_plugins`."""
+"""The `local` launcher: jobs of a sweep side by side, each in a process of its own. Hydra finds its class in `hydra_plugins`."""

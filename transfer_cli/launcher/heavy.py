@@ -3,16 +3,20 @@
 Nothing here may start threads of torch or look for a GPU: neither survives the fork.
 """
 
+import importlib
+
 import matplotlib
 
+import transfer_cli.experiment  # noqa: F401
+
 matplotlib.use("Agg")
-
-import matplotlib.pyplot  # noqa: E402
-import sklearn.linear_model  # noqa: E402
-import torch._dynamo  # noqa: E402 - every optimizer imports it at its first step
-
-import transfer_cli.experiment  # noqa: E402
-import transfer_cli.launcher.job  # noqa: E402
-import transfer_cli.loops.closed_form  # noqa: E402
-import transfer_cli.loops.gradient  # noqa: E402
-import transfer_cli.loops.optimizers  # noqa: E402, F401
+for name in (
+    "matplotlib.pyplot",
+    "sklearn.linear_model",
+    "torch._dynamo",  # every optimizer imports it at its first step
+    "transfer_cli.launcher.job",
+    "transfer_cli.loops.closed_form",
+    "transfer_cli.loops.gradient",
+    "transfer_cli.loops.optimizers",
+):
+    importlib.import_module(name)

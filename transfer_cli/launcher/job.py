@@ -28,7 +28,11 @@ from transfer_cli.config.compose import resolve_components, typed
 from transfer_cli.config.identity import identify
 from transfer_cli.errors import TransferError
 
-HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # blocked in the server, which a signal to the whole group reaches too
+HELD = {
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+}  # blocked in the server, which a signal to the whole group reaches too
 GRACE = 30.0  # seconds that a job may go on without its launcher, to save
 
 
@@ -84,7 +88,7 @@ def work(job: Job, pipe: Connection) -> None:
 def _folder(composed: DictConfig) -> Path | None:
     """The run's folder; None where the configuration is wrong, which the run itself will say."""
     with suppress(Exception):
-        config = typed(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
+        config = typed(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
         return identify(config, resolve_components(config)).folder(config.outputs).resolve()
     return None
 

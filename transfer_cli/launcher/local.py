@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -39,21 +39,25 @@ class Running:
     """A job at work."""
 
     index: int
-    words: str  # its overrides, as it is called on the screen
+    overrides: str
+    words: str  # those that not every job has, as it is called on the screen
     slot: int
     log: Path
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     began: float
     report: Report = field(default_factory=Report)
+    silent: bool = False  # it has closed its end
 
     def listen(self) -> None:
         """Take in what it has told."""
-        with suppress(EOFError, OSError):
-            while self.pipe.poll():
+        try:
+            while not self.silent and self.pipe.poll():
                 told: Report = self.pipe.recv()
                 folder = told.folder or self.report.folder
                 self.report = Report(folder, told.ended, told.error, told.value)
+        except (EOFError, OSError):
+            self.silent = True
 
     def last_line(self) -> str:
         """Of its run.log, or nothing."""
@@ -80,6 +84,7 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
     sweep = Path(str(config.hydra.sweep.dir)).resolve()
     sweep.mkdir(parents=True, exist_ok=True)
     server = start_server(threads)
+    shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
     waiting = [(first + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
     waiting.reverse()
     running: list[Running] = []
@@ -92,11 +97,12 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
                 while waiting and free and not stop.numbers:
                     index, overrides = waiting.pop()
                     slot = free.pop(0)
-                    job = prepare(launcher, index, overrides, threads, gpus[slot % len(gpus)] if gpus else None, sweep)
-                    running.append(start(server, job, index, " ".join(filter_overrides(overrides)), slot))
+                    made = prepare(launcher, index, overrides, threads, gpus[slot % len(gpus)] if gpus else None, sweep)
+                    running.append(start(server, made, index, overrides, shared, slot))
                 stop.hand_on([job.process for job in running], screen)
                 screen.show([(job.words, time.monotonic() - job.began, job.last_line()) for job in running])
-                wait([job.process.sentinel for job in running] + [job.pipe for job in running], TICK)
+                talking = [job.pipe for job in running if not job.silent]
+                wait([*(job.process.sentinel for job in running), *talking], TICK)
                 for job in running:
                     job.listen()
                 for job in [job for job in running if job.process.exitcode is not None]:
@@ -109,7 +115,7 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
             screen.close()
     if stop.numbers:
         left = len(waiting) + screen.counts[STOPPED]
-        print(f"transfer: the sweep was stopped, {left} of its runs are left; typed again it goes on", file=sys.stderr)
+        print(f"transfer: the sweep was stopped, {left} of its runs left; typed again it goes on", file=sys.stderr)
         raise SystemExit(128 + stop.numbers[0])
     return [returns[index] for index in sorted(returns)]
 
@@ -161,9 +167,7 @@ def start_server(threads: int) -> Any:
     return context
 
 
-def prepare(
-    launcher: Any, index: int, overrides: Sequence[str], threads: int, gpu: str | None, sweep: Path
-) -> Job:
+def prepare(launcher: Any, index: int, overrides: Sequence[str], threads: int, gpu: str | None, sweep: Path) -> Job:
     """The job's configuration and surroundings: its number of threads, unless it sets one, and its GPU, unless it names one."""
     config: DictConfig = launcher.context.config_loader.load_sweep_config(launcher.config, list(overrides))
     with open_dict(config):
@@ -177,13 +181,15 @@ def prepare(
     return Job(launcher.task, launcher.context, config, environment, str(Path.cwd()), sweep / f"{index}.err")
 
 
-def start(context: Any, job: Job, index: int, words: str, slot: int) -> Running:
+def start(context: Any, job: Job, index: int, overrides: Sequence[str], shared: Set[str], slot: int) -> Running:
     """Its process."""
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(job, theirs), name=f"transfer job {index}")
     process.start()
     theirs.close()
-    return Running(index, words, slot, job.log, process, ours, time.monotonic())
+    own = filter_overrides(overrides)
+    words = " ".join(word for word in own if word not in shared)
+    return Running(index, " ".join(own), words, slot, job.log, process, ours, time.monotonic())
 
 
 def end(job: Running, task: Any, stopping: bool, screen: Screen) -> JobReturn:
@@ -198,11 +204,11 @@ def end(job: Running, task: Any, stopping: bool, screen: Screen) -> JobReturn:
         error = _last_words(job.process.exitcode, folder, stopping)
     _keep_log(job.log, folder)
     state = "done" if error is None else STOPPED if error == STOPPED else "failed"
-    screen.ended(state, job.words, seconds, error if state == "failed" else _figure(folder))
+    screen.ended(state, job.words, seconds, _figure(folder) if error in (None, STOPPED) else str(error))
     value = job.report.value
     if error is not None and not stopping:
-        value = task.failed_elsewhere("stopped; typed again it goes on" if error == STOPPED else error, job.words)
-    returned = JobReturn(overrides=job.words.split(), status=JobStatus.COMPLETED)
+        value = task.failed_elsewhere("stopped; typed again it goes on" if error == STOPPED else error, job.overrides)
+    returned = JobReturn(overrides=job.overrides.split(), status=JobStatus.COMPLETED)
     returned.return_value = value
     return returned
 
@@ -267,7 +273,8 @@ class Stop:
         while self._handed < len(self.numbers):
             self._handed += 1
             if self._handed == 1:
-                screen.say(f"stopping: {len(processes)} jobs save what they have; once more stops them at once")
+                count = f"{len(processes)} job{'s' * (len(processes) != 1)}"
+                screen.say(f"stopping: {count} at work, each saves first; once more stops at once")
             for process in processes:
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, self.numbers[self._handed - 1] if self._handed < 3 else signal.SIGKILL)  # type: ignore[arg-type]

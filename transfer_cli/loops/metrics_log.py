@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # called with an event before it is appended
 
     def write(self, **event: Any) -> None:
+        for listener in self.listeners:
+            listener(event)
         with self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
 
