@@ -59,7 +59,7 @@ class Plan:
 
 
 def _show(jobs: Sequence[Job], each: bool) -> None:
-    seconds = [expectation for expectation in _expected(jobs)]
+    seconds = _expected(jobs)
     rows: dict[tuple[str, str], list[int]] = {}
     for number, job in enumerate(jobs):
         rows.setdefault(_row(job), []).append(number)

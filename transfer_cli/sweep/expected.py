@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,6 @@ class PastRuns:
 
 def plain(config: Config) -> dict[str, Any]:
     """What of a configuration says how long a run takes."""
-    from dataclasses import asdict
-
     return {
         **{key: getattr(config, key) for key in ("source", "target", "backbone", "protocol", "target_labels")},
         "subset": asdict(config.subset),
