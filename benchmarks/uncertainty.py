@@ -2,10 +2,10 @@
 
     python benchmarks/uncertainty.py OUTPUTS [processes] [classification] [real] [sequences] [priors] > table.md
 
-Every figure is the mean over ten values of `data_seed` (of `seed` too where a network is trained; five for the real pairs, three for
-sequences and priors) with its standard error. RMSE, CRPS and widths are in standard deviations of the target test labels, those of
-Friedman's functions in their own unit. Finished runs are found again, so a second start prints the tables. `real` and `sequences` read
-the data folder, the others need none.
+Every figure is the mean over ten values of `data_seed` (of `seed` too where a network is trained; five for the real pairs, three
+for sequences and priors) with its standard error. RMSE, CRPS and widths are in standard deviations of the target test labels,
+those of Friedman's functions in their own unit. Finished runs are found again, so a second start prints the tables. `real` and
+`sequences` read the data folder, the others need none.
 """
 
 from __future__ import annotations
