@@ -3,8 +3,8 @@
     transfer run -m method=source_only,dann,deep_coral,mcc,entropy_min,cdan trainer.steps=200 trainer.eval_every=20
     python benchmarks/validator_regret.py [FOLDER]
 
-Of each validator: the mean over runs of its regret (points of target accuracy between its choice and the best look of the run) and
-of the rank correlation of its scores with target accuracy. The labels are looked at to judge, never to choose.
+Of each validator: the mean over runs of its regret (points of target accuracy between its choice and the run's best look), and of
+the rank correlation of its scores with target accuracy. The labels are looked at to judge, never to choose.
 """
 
 from __future__ import annotations
