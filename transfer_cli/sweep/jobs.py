@@ -268,7 +268,7 @@ def launch(sweeper: TransferSweeper, jobs: Sequence[Job]) -> list[Any]:
         print(f"a sweep of {len(jobs)} runs{known}: transfer plan tells more", flush=True)
     for job in jobs:
         if job.state == "failed" and not job.is_to_run():
-            task.failed_elsewhere(f"failed before: {job.error}", " ".join(job.words))
+            task.failed_elsewhere(f"failed before: {job.error} (--retry-failed tries again)", " ".join(job.words))
     returns: list[Any] = []
     words = [list(job.words) for job in todo]
     for batch in BasicSweeper.split_overrides_to_chunks(words, sweeper.max_batch_size) if words else ():
