@@ -221,7 +221,7 @@ class Look:
             components = resolve_components(config)
             seeds = [replace(config, seed=config.seed + i) for i in range(config.seeds_together)]
             folders = [RunFolder(identify(own, components).folder(config.outputs)) for own in seeds]
-            folder = next((f for f in folders if f.state() != "finished"), folders[0])  # what is left to do, if anything
+            folder = next((f for f in folders if f.state() != "finished"), folders[0])  # where there is work left
             state, error = folder.state(), None
             if state == "finished":
                 self._check_data(folder, config, components)
