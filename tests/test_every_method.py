@@ -145,7 +145,7 @@ def assert_finite(run: Path) -> dict[str, Any]:
 
 def stops(monkeypatch: pytest.MonkeyPatch, phase: int, step: int) -> Any:
     """A context in which a signal comes with the batch of one step of one phase."""
-    patch, original, run = monkeypatch.context(), gradient._batches, gradient.run_gradient
+    patch, original, run = monkeypatch.context(), gradient.batches_of, gradient.run_gradient
     index: list[int] = []
 
     def run_gradient(spec: Gradient, session: Session, place: Any) -> None:
@@ -161,7 +161,7 @@ def stops(monkeypatch: pytest.MonkeyPatch, phase: int, step: int) -> Any:
 
     with_patch = patch.__enter__()
     with_patch.setattr(gradient, "run_gradient", run_gradient)
-    with_patch.setattr(gradient, "_batches", batches)
+    with_patch.setattr(gradient, "batches_of", batches)
     return patch
 
 

@@ -105,7 +105,7 @@ def test_whitening_saves_iterations_where_features_are_correlated(monkeypatch: p
     weights = torch.full((800,), 1 / 800, dtype=torch.float64)
     counts.append(0)
     fit_logistic(x, y, 4, 1e-4, weights, solver="lbfgs")
-    monkeypatch.setattr(Softmax, "_whitening", lambda self: (torch.ones(31).double(), torch.ones(31).double()))
+    monkeypatch.setattr(Softmax, "_whitening", lambda self: (torch.clone, torch.clone, torch.clone))
     counts.append(0)
     fit_logistic(x, y, 4, 1e-4, weights, solver="lbfgs")
     assert counts[0] < 0.5 * counts[1], counts
