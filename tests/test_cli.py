@@ -136,6 +136,9 @@ def test_ones_own_file_wins_over_the_packaged_one(transfer: Transfer, tmp_path: 
         )
     assert "weight: 0.25" in transfer("run", "--cfg", "job", "--package", "method").out
     assert "weight: 0.75" in transfer("run", "--config-dir", "other", "--cfg", "job", "--package", "method").out
+    run = transfer("run", "--config-dir", "other", *SMALL, "method=dann", "trainer.steps=2").run
+    command = json.loads((run / "manifest.json").read_text())["command"]
+    assert command[:4] == ["transfer", "run", "--config-dir", str(tmp_path / "other")]
 
 
 def test_domains_that_do_not_fit_are_refused_with_the_way_out(transfer: Transfer, tmp_path: Path) -> None:

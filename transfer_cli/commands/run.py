@@ -39,7 +39,7 @@ class Task:
             config, sweeping = typed(composed), HydraConfig.get().mode == RunMode.MULTIRUN
             if config.sweep.kind != "grid" and not sweeping:
                 raise TransferError(f"sweep={config.sweep.kind} is of many runs: add -m.")
-            command = ["transfer", "run", *(w for w in words if not w.startswith("sweep"))]
+            command = ["transfer", "run", *_own_folder(), *(w for w in words if not w.startswith("sweep"))]
             if config.seeds_together > 1:  # torch comes only now: completion and --cfg answer without it
                 from transfer_cli.together import run_seeds
 
@@ -78,6 +78,12 @@ def main(argv: list[str]) -> int:
         ]
         print(f"transfer: {len(task.errors)} of the sweep's runs failed:", *why, sep="\n  ", file=sys.stderr)
     return 2 if task.errors else 0
+
+
+def _own_folder() -> list[str]:
+    """`--config-dir` as it was given, without which the command would mean another thing."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [word for s in sources if s.provider == "command-line" for word in ("--config-dir", s.path)]
 
 
 def score(folder: RunFolder) -> float | None:

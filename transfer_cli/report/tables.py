@@ -120,7 +120,7 @@ def aggregate(records: Iterable[Record], select: str | None = None) -> list[Tabl
     Raises:
         TransferError: no run has a score of that name.
     """
-    kept, choices = list(records), list[Choice]()
+    kept, choices = _tell_pairs_apart(list(records)), list[Choice]()
     if select is not None:
         kept, choices = select_points(kept, select)
     by_kind = _grouped((Entry(r, r.run) for r in kept if r.run is not None), lambda entry: entry.run.kind)
@@ -150,7 +150,7 @@ def _kind(asked: Run, by_kind: Mapping[str, Sequence[Entry]]) -> str:
 
 
 def _table(kind: str, entries: Sequence[Entry], select: str | None, choices: tuple[Choice, ...]) -> Table:
-    entries = _bounds_on_every_pair(_tell_pairs_apart(_with_selections(entries)))
+    entries = _bounds_on_every_pair(_with_selections(entries))
     bounded = any(_unlimited(e.run) for e in entries) and not all(_unlimited(e.run) for e in entries)
     plain = [e.run for e in entries if not (bounded and _unlimited(e.run))]
     told, told_of_bounds = _told_settings(plain), _told_settings([e.run for e in entries]) if bounded else {}
@@ -284,18 +284,20 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else math.nan
 
 
-def _tell_pairs_apart(entries: Sequence[Entry]) -> list[Entry]:
+def _tell_pairs_apart(records: Sequence[Record]) -> list[Record]:
     """Data of one name with other parameters (`path`, ...) make another pair: what differs enters the name."""
-    named = []
-    for group in _grouped(entries, lambda entry: entry.run.pair).values():
-        differing = {side: _differing(entry.run.settings[side] for entry in group) for side in DATA}
-        for record, run in group:
+    runs = {i: run for i, record in enumerate(records) if (run := record.run or record.asked) is not None}
+    told = list(records)
+    for group in _grouped(runs, lambda i: runs[i].pair).values():
+        differing = {side: _differing(runs[i].settings[side] for i in group) for side in DATA}
+        for i in group:
             source, target = (
-                " ".join([label, *_written(run.settings[side], differing[side], side + ".")])
-                for side, label in zip(DATA, run.pair, strict=True)
+                " ".join([label, *_written(runs[i].settings[side], differing[side], side + ".")])
+                for side, label in zip(DATA, runs[i].pair, strict=True)
             )
-            named.append(Entry(record, replace(run, pair=(source, target))))
-    return named
+            named = replace(runs[i], pair=(source, target))
+            told[i] = replace(told[i], run=named) if told[i].run is not None else replace(told[i], asked=named)
+    return told
 
 
 def _told_settings(runs: Sequence[Run]) -> dict[str, set[str]]:
