@@ -18,6 +18,8 @@ import torch
 import yaml
 from conftest import SMALL, Outcome
 
+from transfer_cli.config import hydra_glue
+
 Transfer = Callable[..., Outcome]
 
 
@@ -311,6 +313,12 @@ def test_a_sweep_names_the_runs_that_failed(transfer: Transfer) -> None:
     assert outcome.code == 2
     said = outcome.err.splitlines()
     assert any("1 of the sweep's runs failed" in line for line in said) and "method=finetune" in said[-1]
+
+
+def test_what_is_of_the_whole_sweep_stays_one_value_over_experiments() -> None:
+    of_the_sweep = ["-m", "experiment=a,b", "hydra.launcher.jobs=2", "sweep.n=3", "seed=0,1"]
+    given = [*of_the_sweep, "method.weight=1"]
+    assert hydra_glue._keys_of_each_job(given) == [*of_the_sweep, "method.weight=choice(1)"]
 
 
 def test_a_sweep_over_experiments_takes_keys_of_their_methods(transfer: Transfer) -> None:

@@ -103,6 +103,7 @@ def _keys_of_each_job(arguments: Sequence[str]) -> list[str]:
         override, (key, _, value) = overrides.get(argument), argument.partition("=")
         one = f"{key}=choice({value})"
         alone = override is not None and "." in override.key_or_group and not override.is_sweep_override()
+        alone = alone and not key.lstrip("+~").startswith(("hydra.", "sweep."))  # of the sweep as a whole
         alone = alone and not argument.startswith("sweep.")
         found.append(one if alone and read(one) is not None else argument)
     return found
