@@ -20,7 +20,8 @@ from transfer_cli.build import build_method, extract_features, pose_problem, rea
 from transfer_cli.config.compose import resolve_components, typed
 from transfer_cli.config.hydra_glue import composed
 from transfer_cli.evaluation.evaluator import make_evaluator
-from transfer_cli.evaluation.health import evenly, prediction_health
+from transfer_cli.evaluation.health import prediction_health
+from transfer_cli.evaluation.samples import evenly
 from transfer_cli.loops.console import Console
 
 REPEATS = 15

@@ -39,4 +39,7 @@ class TransferSweeper(BasicSweeper):
         loader = self.hydra_context.config_loader
         jobs = jobs_of([*self._parse_config(), *arguments], self.config, loader)
         plan = getattr(self.task, "plan", None)
-        return launch(self, jobs) if plan is None else plan(jobs)
+        if plan is not None:
+            return plan(jobs)
+        assert self.launcher is not None
+        return launch(jobs, self.config, self.task, self.launcher, self.max_batch_size)

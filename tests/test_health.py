@@ -17,8 +17,9 @@ from test_report import result_of, write_run
 from test_resume import assert_same, outcome_of, stop_at
 
 from transfer_cli.commands import report
-from transfer_cli.evaluation.health import effective_classes, evenly, prediction_health, proxy_a_distance
+from transfer_cli.evaluation.health import effective_classes, prediction_health, proxy_a_distance
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.samples import evenly
 from transfer_cli.evaluation.validators import View
 from transfer_cli.loops.health import INTERVALS, Health
 from transfer_cli.loops.metrics_log import StepRecord

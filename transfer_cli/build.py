@@ -32,7 +32,7 @@ from transfer_cli.data.task import Heldout, TaskShape, TransferTask, Unlabelled,
 from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.calibrated import Calibrated, check_calibration
 from transfer_cli.evaluation.evaluator import Predictor
-from transfer_cli.evaluation.health import evenly
+from transfer_cli.evaluation.samples import evenly
 from transfer_cli.loops.checkpoints import read_checkpoint
 from transfer_cli.loops.console import Console
 from transfer_cli.loops.gradient import AUTOCAST

@@ -22,8 +22,8 @@ from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.calibration import Calibration, LabelledPrediction, fit_calibration
 from transfer_cli.evaluation.conformal import ENOUGH, Conformal, DensityRatio, fewest, fit_conformal, fit_density_ratio
 from transfer_cli.evaluation.evaluator import Evaluator, Predictor
-from transfer_cli.evaluation.health import evenly
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.samples import evenly
 
 WEIGHED = 2000  # samples a domain that the density ratio is found from
 

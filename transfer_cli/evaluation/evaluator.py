@@ -17,9 +17,10 @@ from transfer_cli.data.batching import derive_seed, in_order
 from transfer_cli.data.inputs import ArrayInputs, FeatureInputs, Inputs
 from transfer_cli.data.task import Heldout, TransferTask
 from transfer_cli.errors import TransferError
-from transfer_cli.evaluation.health import evenly, prediction_health
+from transfer_cli.evaluation.health import prediction_health
 from transfer_cli.evaluation.metrics import final_score, out_of_distribution, score
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.samples import evenly
 from transfer_cli.evaluation.validators import (
     SAMPLED,
     VALIDATORS,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from transfer_cli.data.batching import derive_seed
-
-if TYPE_CHECKING:
-    from transfer_cli.evaluation.validators import View
+from transfer_cli.evaluation.samples import evenly
+from transfer_cli.evaluation.validators import View
 
 FEW = 20  # samples a domain, below which half of them say nothing about the other half
 L2 = 1e-2  # a sample, of the domain classifier on standardised features: it has wide ones and some hundred samples
@@ -38,11 +36,6 @@ def effective_classes(labels: Tensor) -> float:
     """`exp(H(histogram))` of class indices `(N,)`: 1 where all are one class, K where K classes are equally frequent."""
     shares = torch.bincount(labels.cpu()).double() / len(labels)
     return math.exp(float(torch.special.entr(shares).sum()))
-
-
-def evenly(n: int, wanted: int) -> Tensor:
-    """At most `wanted` indices below `n`, evenly spread: data sets are often sorted by class."""
-    return torch.linspace(0, n - 1, min(n, wanted), dtype=torch.float64).round().long()
 
 
 def proxy_a_distance(source: Tensor, target: Tensor, seed: int = 0) -> float | None:

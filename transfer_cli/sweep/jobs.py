@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from transfer_cli.config.compose import data_root, resolve_components, typed
@@ -23,9 +24,6 @@ from transfer_cli.errors import TransferError
 from transfer_cli.registry import Component
 from transfer_cli.run_folder import RunFolder, read_json
 from transfer_cli.sweep.ranges import Choice, Range, draw, read_ranges, word
-
-if TYPE_CHECKING:
-    from hydra_plugins.transfer_sweeper import TransferSweeper
 
 SEARCHED = ("method", "then", "optimizer")  # groups whose `search:` is heeded
 SEEDS = ("seed", "data_seed")
@@ -251,12 +249,9 @@ def _refuse_another_sweep(jobs: Any, sweep: Sweep) -> None:
             raise TransferError("an experiment that sets sweep= cannot be swept over itself: name one experiment.")
 
 
-def launch(sweeper: TransferSweeper, jobs: Sequence[Job]) -> list[Any]:
-    """Run what is not finished, in one call of the launcher (or in batches of `hydra.sweeper.max_batch_size`); what failed
-    before only where that is asked for. Says at the end how many finished."""
-    config, launcher = sweeper.config, sweeper.launcher
-    task: Any = sweeper.task  # `commands.run.Task`
-    assert config is not None and launcher is not None
+def launch(jobs: Sequence[Job], config: DictConfig, task: Any, launcher: Launcher, batch_size: int | None) -> list[Any]:
+    """Run what is not finished, in one call of the launcher (or in batches of `batch_size`); what failed before only where
+    that is asked for. Says at the end how many finished; `task`, which is `commands.run.Task`, keeps the errors."""
     folder = Path(str(config.hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "multirun.yaml")
@@ -271,7 +266,7 @@ def launch(sweeper: TransferSweeper, jobs: Sequence[Job]) -> list[Any]:
             task.failed_elsewhere(f"failed before: {job.error} (--retry-failed tries again)", " ".join(job.words))
     returns: list[Any] = []
     words = [list(job.words) for job in todo]
-    for batch in BasicSweeper.split_overrides_to_chunks(words, sweeper.max_batch_size) if words else ():
+    for batch in BasicSweeper.split_overrides_to_chunks(words, batch_size) if words else ():
         for overrides, returned in zip(batch, launcher.launch(batch, initial_job_idx=len(returns)), strict=True):
             returns.append(returned)
             if returned.status == JobStatus.FAILED:  # in a process of its own

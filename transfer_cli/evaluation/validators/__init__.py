@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from transfer_cli.errors import TransferError, suggest
-from transfer_cli.evaluation.health import evenly
 from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.samples import evenly
 from transfer_cli.registry import resolve
 
 SAMPLED = 256  # samples a domain, evenly spread: whose features are looked at, and that are compared in pairs
