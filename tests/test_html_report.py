@@ -454,6 +454,13 @@ def shot(page: Any, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
+def expect(what: Any) -> Any:
+    """Of what the page shows a moment after a click."""
+    from playwright.sync_api import expect
+
+    return expect(what)
+
+
 def column(page: Any, table: int = 0) -> list[str]:
     rows = page.locator("table.results").nth(table).locator("tbody tr:visible th")
     return [text.partition("\n")[0].strip() for text in rows.all_inner_texts()]
@@ -495,8 +502,7 @@ def test_filters_leave_what_they_say(open_page: Any) -> None:
     page.get_by_label("Method").select_option("dann")
     assert column(page) == ["dann"] and "2 runs of 13" in page.locator("#filters output").inner_text()
     page.get_by_role("button", name="Clear").click()
-    page.locator("table.runs tbody tr").nth(12).wait_for()
-    assert page.locator("table.runs tbody tr").count() == 13
+    expect(page.locator("table.runs tbody tr")).to_have_count(13)
     page.get_by_label("State").select_option("failed")
     assert column(page) == ["mcd"] and "a loss is nan" in page.locator("table.runs").inner_text()
     page.get_by_label("State").select_option("")
@@ -585,19 +591,16 @@ def test_two_runs_are_compared(open_page: Any) -> None:
         "input"
     ).first.check()
     page.get_by_role("link", name="compare the two").click()
-    keys = page.locator("table.diff").first.locator("tbody th").all_inner_texts()
-    assert keys == ["method", "method.weight"]
-    values = page.locator("table.diff").first.locator("tbody tr").nth(1).locator("td").all_inner_texts()
-    assert values == ["5", "12"], "dann, then source_only"
+    table = page.locator("table.diff").first
+    expect(table.locator("tbody th")).to_have_text(["method", "method.weight"])
+    values = table.locator("tbody tr").nth(1).locator("td")
+    expect(values).to_have_text(["5", "12"])  # dann, then source_only
     page.get_by_role("button", name="Swap").click()
-    assert page.locator("table.diff").first.locator("tbody tr").nth(1).locator("td").all_inner_texts() == [
-        "12",
-        "5",
-    ]
+    expect(values).to_have_text(["12", "5"])
     page.get_by_label("equal keys too").check()
-    assert page.locator("table.diff").first.locator("tbody tr").count() > 20
+    expect(table.locator("tbody tr").nth(20)).to_be_visible()
     page.locator("#second").select_option("gp-seed0-mw345678")
-    assert "gp" in page.locator("table.diff").first.locator("thead").inner_text()
+    expect(table.locator("thead")).to_contain_text("gp")
 
 
 def test_a_cell_leads_to_its_runs(open_page: Any) -> None:
@@ -605,8 +608,8 @@ def test_a_cell_leads_to_its_runs(open_page: Any) -> None:
     page.locator("table.results").first.locator("tbody tr", has=page.get_by_text("dann", exact=True)).locator(
         "td a"
     ).first.click()
-    assert "dann: photo → art" in page.locator("#page h1").inner_text()
-    assert page.locator("#page table.runs tbody tr").count() == 2
+    expect(page.locator("#page h1")).to_contain_text("dann: photo → art")
+    expect(page.locator("#page table.runs tbody tr")).to_have_count(2)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -229,7 +229,9 @@ BAYESIAN = ["laplace", "swag", "source_prior", "ensemble", "mc_dropout", "vbll"]
 NETWORKS = [*BAYESIAN, *(f"finetune optimizer={name}" for name in ("sam", "lbfgs", "newton"))]
 
 
-def tables(folder: Path, kind: str, factor: float = 1.0, bad: tuple[int, int, Any] | None = None) -> list[str]:
+def tables(
+    folder: Path, kind: str, factor: float = 1.0, bad: tuple[int, int, Any] | None = None, case: str = ""
+) -> list[str]:
     """A source's and a target's file, and what chooses them on the command line."""
     options: list[str] = []
     for domain, seed in (("source", 0), ("target", 1)):
@@ -237,6 +239,10 @@ def tables(folder: Path, kind: str, factor: float = 1.0, bad: tuple[int, int, An
         x = rng.normal(size=(40, 3)) + 0.2 * seed
         classes = np.arange(40) % 2
         x[:, 0] += 3 * classes
+        if case == "twins":
+            x, classes = x[:20].repeat(2, 0), classes[:20].repeat(2)
+        if case == "constant column":
+            x[:, 1] = 7.0
         y = [*("ab"[c] for c in classes)] if kind == "classification" else [*(x[:, 0] - x[:, 1])]
         rows = [[*map(float, factor * row), label] for row, label in zip(x, y, strict=True)]
         if bad is not None:
@@ -265,6 +271,18 @@ def test_networks_say_that_inputs_are_out_of_scale(transfer: Transfer, tmp_path:
         assert mended.code == 0 and "inputs reach" not in mended.out
         result = json.loads((mended.run / "result.json").read_text())["metrics"]["target_test"]
         assert np.isfinite(list(result.values())).all()
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("case", ["plain", "scaled", "twins", "constant column", "one label"])
+def test_a_variational_process_bears_poor_tables(transfer: Transfer, tmp_path: Path, case: str, kind: str) -> None:
+    factor, granted = 1e8 if case == "scaled" else 1.0, 1 if case == "one label" else 4
+    options = [*tables(tmp_path, kind, factor, case=case), "backbone=identity", "method=svgp"]
+    shown = transfer("run", *options, f"target_labels={granted}", "trainer.steps=400", "trainer.eval_every=200")
+    assert shown.code == 0, shown.err
+    result = json.loads((shown.run / "result.json").read_text())["metrics"]["target_test"]
+    assert np.isfinite(list(result.values())).all()
+    assert result["accuracy" if kind == "classification" else "r2"] > 0.8
 
 
 @pytest.mark.parametrize("method", ["gp", "laplace"])
