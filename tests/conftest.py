@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from transfer_cli import cli
+from transfer_cli.data.readers.synth_digits import SynthDigits
 
 torch.set_num_threads(1)  # tests run beside each other
 
@@ -24,6 +26,23 @@ SMALL = ["experiment=smoke", "threads=1", "device=cpu"]
 def seeded() -> None:
     """A test does not depend on those before it."""
     torch.manual_seed(0)
+
+
+DIGITS: dict[Any, Any] = {}
+
+
+@pytest.fixture
+def rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendered digits are kept from test to test."""
+    load = SynthDigits.load
+
+    def kept(self: SynthDigits) -> Any:
+        key = (self.n, self.n_test, self.size, self.render_seed)
+        if key not in DIGITS:
+            DIGITS[key] = load(self)
+        return DIGITS[key]
+
+    monkeypatch.setattr(SynthDigits, "load", kept)
 
 
 @dataclass

@@ -87,21 +87,9 @@ def trainer(config: Config, **changes: Any) -> Config:
     return replace(config, trainer=replace(config.trainer, **changes))
 
 
-DIGITS: dict[Any, Any] = {}
-
-
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In a folder of the test's own; rendered digits are kept, and no figure is drawn."""
-    load = SynthDigits.load
-
-    def kept(self: SynthDigits) -> Any:
-        key = (self.n, self.n_test, self.size, self.render_seed)
-        if key not in DIGITS:
-            DIGITS[key] = load(self)
-        return DIGITS[key]
-
-    monkeypatch.setattr(SynthDigits, "load", kept)
+def quick(monkeypatch: pytest.MonkeyPatch, rendered_once: None, tmp_path: Path) -> None:
+    """In a folder of the test's own; no figure is drawn."""
     monkeypatch.setattr(experiment, "draw_figures", lambda folder: None)
     monkeypatch.chdir(tmp_path)
 

@@ -23,7 +23,6 @@ from transfer_cli.config.hydra_glue import composed
 from transfer_cli.config.identity import identify
 from transfer_cli.config.schema import OUTSIDE_IDENTITY
 from transfer_cli.data import batching
-from transfer_cli.data.readers.synth_digits import SynthDigits
 from transfer_cli.evaluation.evaluator import make_evaluator
 from transfer_cli.loops import stacked
 from transfer_cli.loops.console import Console, SeedConsole
@@ -34,7 +33,6 @@ from transfer_cli.run_folder import RunFolder
 
 Transfer = Callable[..., Outcome]
 
-DIGITS: dict[Any, Any] = {}
 STEPS = 5
 TINY = [
     "experiment=smoke", "device=cpu", f"trainer.steps={STEPS}", "trainer.batch_size=16", "trainer.eval_every=100",
@@ -112,17 +110,8 @@ def compare(overrides: Sequence[str], tmp_path: Path, seeds: Sequence[int] = (0,
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rendered digits are kept, and no figure is drawn."""
-    load = SynthDigits.load
-
-    def kept(self: SynthDigits) -> Any:
-        key = (self.n, self.n_test, self.size, self.render_seed)
-        if key not in DIGITS:
-            DIGITS[key] = load(self)
-        return DIGITS[key]
-
-    monkeypatch.setattr(SynthDigits, "load", kept)
+def quick(monkeypatch: pytest.MonkeyPatch, rendered_once: None) -> None:
+    """No figure is drawn."""
     monkeypatch.setattr(together, "draw_figures", lambda folder: None)
     monkeypatch.setattr(experiment, "draw_figures", lambda folder: None)
 
