@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transfer_cli.methods.base import Network
 from transfer_cli.methods.fitted import Fitted
 
-NUMBERS = 2**24  # of Jacobians at once
+NUMBERS = 2**22  # of Jacobians at once
 MOST = 2**27  # numbers in all factors: a gigabyte
 
 
@@ -79,23 +79,25 @@ class Curvature(nn.Module):
             [p.detach().double().flatten() for layer in self.layers for p in layer.parameters(recurse=False)]
         )
 
-    def outputs(self, x: Any, domain: str, lam: Tensor) -> tuple[Tensor, Tensor]:
-        """f `(B, K)` and C `(B, K, K)`, float64."""
+    def outputs(self, x: Any, domain: str, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f `(B, K)`, C `(B, K, K)` and what the head alone is of C, float64."""
         looked = (self.look(part, domain) for part in self.parts(x))
-        found = [(logits.detach(), self.covariance(logits, seen, lam)) for logits, seen in looked]
-        logits, covariances = (torch.cat(column) for column in zip(*found, strict=True))
-        return logits, covariances
+        found = [(logits.detach(), *self.covariance(logits, seen, lam)) for logits, seen in looked]
+        logits, covariances, of_head = (torch.cat(column) for column in zip(*found, strict=True))
+        return logits, covariances, of_head
 
-    def covariance(self, logits: Tensor, seen: list[tuple[Tensor, Tensor]], lam: Tensor) -> Tensor:
+    def covariance(self, logits: Tensor, seen: list[tuple[Tensor, Tensor]], lam: Tensor) -> tuple[Tensor, Tensor]:
         one = torch.eye(logits.shape[1]).to(logits)
         slopes = [self.slopes(logits, seen, row.expand_as(logits)) for row in one]
-        out = logits.new_zeros(len(logits), len(one), len(one))
+        by_layer = []
         for i, (a, _) in enumerate(seen):
             left, right, values = (getattr(self.eigen, f"{name}{i}") for name in ("inputs", "slopes", "values"))
-            jacobians = torch.einsum("kbot,bit->bkoi", torch.stack([g[i] for g in slopes]), a)
-            turned = torch.einsum("op,bkoi,ij->bkpj", right, jacobians, left)
-            out += torch.einsum("bkpj,pj,blpj->bkl", turned, 1 / (values + lam), turned)
-        return out
+            a = left.T @ a  # turned before places are summed: Jacobians are wider than their factors
+            g = right.T @ torch.stack([of[i] for of in slopes])
+            jacobians = torch.einsum("kbot,bit->bkoi", g, a) * (values + lam).rsqrt()
+            jacobians = jacobians.flatten(2)
+            by_layer.append(jacobians @ jacobians.mT)
+        return torch.stack(by_layer).sum(0), by_layer[self.layers.index(self._looked_at[0].head)]
 
     def parts(self, x: Any) -> Sequence[Any]:
         """Of a batch, small enough for their Jacobians to be held at once."""

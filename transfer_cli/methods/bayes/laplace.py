@@ -12,11 +12,12 @@ over `draws` of the logits, without the direction in which softmax does not move
 the head: H_t = Σ z zᵀ / σ_t² with the trained noise, and τ = 1. All but the closed form is the network's own training.
 
 `layers: all`: linear and convolutional layers have factors of their own (curvature.py), of `curvature_steps` minibatches, and
-logits are f_θ̂(x) + J(x) (θ - θ̂), N(f, C) before τ. Then a left-out sample's logits have, by the same Newton step,
+logits are f_θ̂(x) + J(x) (θ - θ̂), N(f, τ C). τ is chosen as above, by as many minibatches, each sample left out by itself:
 
-    C₋ = C + C S (I - Sᵀ C S)⁻¹ Sᵀ C,    f₋ = f + C₋ (p - y),    S Sᵀ = diag p - p pᵀ
+    f₋ = f + C₋ (p - y),    C₋ = C_h + C_h S (I - Sᵀ C_h S)⁻¹ Sᵀ C_h,    S Sᵀ = diag p - p pᵀ
 
-in which shares of a sample in its own curvature, the eigenvalues of Sᵀ C S, are at most `LEVERAGE`; as many minibatches choose τ.
+C_h is the head's part of C: the same step in all layers would be far off, since the factors of convolutions let a sample have
+several times the whole say in its own logits. What is still more than `LEVERAGE` of it counts as that.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from transfer_cli.methods.phases import (
 
 LAMBDAS = torch.logspace(-4, 6, 201, dtype=torch.float64)
 FULL_MOST = 5000  # unknowns of a whole Hessian
-LEVERAGE = 0.95  # of a sample; factors that are only nearly the Hessian's could say more than 1
+LEVERAGE = 0.95  # the greatest eigenvalue of Sᵀ C S; exact Hessians have none above 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Kronecker(Posterior):
 
 
 class LastLayerLaplace(Supervised):
+    version = 2  # of all layers, another temperature
     losses_by: Tensor  # of left-out samples, by temperature
 
     def __init__(
@@ -194,8 +196,8 @@ class LastLayerLaplace(Supervised):
         if self.network.kind == "regression" or self.temperature is not None:
             return Losses({})
         for part, domain in labelled_parts(batch):
-            logits, covariance = self.curvature.outputs(part.x, domain, self.posterior.lam)
-            mean, covariance = without_itself(logits, covariance, part.y)
+            logits, covariance, of_head = self.curvature.outputs(part.x, domain, self.posterior.lam)
+            mean = without_itself(logits, of_head, part.y)
             own, weight = part.y[None, :, None], self.share(part, domain) / progress.steps
             for i, t in enumerate(TEMPERATURES[1:]):  # at 0 nothing would be in doubt
                 log_probs = Prediction.of_draws(self.drawn(mean, covariance, t)).log_probs
@@ -214,7 +216,7 @@ class LastLayerLaplace(Supervised):
 
     def linearised(self, x: Any, domain: str) -> Prediction:
         assert self.curvature is not None
-        logits, covariance = self.curvature.outputs(x, domain, self.posterior.lam)
+        logits, covariance, _ = self.curvature.outputs(x, domain, self.posterior.lam)
         chosen = logits.new_tensor(TEMPERATURES[1:])[self.losses_by.argmin()] if bool(self.losses_by.any()) else 1.0
         temperature = chosen if self.temperature is None else self.temperature
         if self.network.kind == "classification":
@@ -260,8 +262,8 @@ def best_evidence(values: Tensor, w: Tensor) -> float:
     return float(lams[(-0.5 * lams * w.square().sum() - 0.5 * log_dets).argmax()])
 
 
-def without_itself(logits: Tensor, covariance: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """f₋ `(B, K)` and C₋ `(B, K, K)` of samples of classes `(B,)`."""
+def without_itself(logits: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
+    """f₋ `(B, K)` of samples of classes `(B,)`."""
     probs = logits.softmax(1)
     root = curvature_root(probs)
     along = covariance @ root
@@ -269,7 +271,7 @@ def without_itself(logits: Tensor, covariance: Tensor, y: Tensor) -> tuple[Tenso
     turned = along @ vectors
     wider = covariance + turned / (1 - values.clamp(0, LEVERAGE))[:, None, :] @ turned.mT
     slopes = probs - torch.nn.functional.one_hot(y, probs.shape[1])
-    return logits + torch.einsum("bkl,bl->bk", wider, slopes), wider
+    return logits + torch.einsum("bkl,bl->bk", wider, slopes)
 
 
 def slope(problem: Softmax, w: Tensor) -> Tensor:
