@@ -294,8 +294,8 @@ def test_an_objective_is_replayed_with_its_draws_and_without_a_trace() -> None:
 
 
 LINE_SEARCHES: dict[str, Any] = {
-    "lbfgs": lambda groups: lbfgs(groups),
-    "newton": lambda groups: newton(groups, damping=0.0),
+    "lbfgs": lambda groups, **keys: lbfgs(groups, **keys),
+    "newton": lambda groups, **keys: newton(groups, damping=0.0, **keys),
 }
 
 
@@ -322,6 +322,23 @@ def test_line_searches_find_the_optimum_of_a_convex_head(name: str, steps: int) 
     found = torch.cat([head.weight, (head.bias - head.bias.mean())[:, None]], 1).detach()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     assert values == sorted(values, reverse=True) or max(np.diff(values)) < 1e-12, "never upwards"
+
+
+@pytest.mark.parametrize("name", LINE_SEARCHES)
+def test_weight_decay_is_ridges_penalty(name: str) -> None:
+    x, y = normal(9, 20), normal(9, seed=1)  # more weights than samples: without it there is no one optimum
+    weight = nn.Parameter(torch.zeros(20, dtype=torch.float64))
+    optimizer = LINE_SEARCHES[name]([{"params": [weight]}], weight_decay=0.3)
+
+    def loss() -> Tensor:
+        return 0.5 * (x @ weight - y).square().sum()
+
+    for _ in range(60):
+        optimizer.minimise(loss(), loss)
+    wanted = x.T @ torch.linalg.solve(x @ x.T + 0.3 * torch.eye(9, dtype=torch.float64), y)
+    torch.testing.assert_close(weight.detach(), wanted, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="weight_decay must not be negative"):
+        LINE_SEARCHES[name]([{"params": [weight]}], weight_decay=-1.0)
 
 
 def test_lbfgs_is_bfgs_of_its_pairs() -> None:

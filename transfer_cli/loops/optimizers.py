@@ -46,12 +46,12 @@ def sam(
     )
 
 
-def lbfgs(groups: Groups, *, history: int = 10) -> Optimizer:
-    return LBFGS(groups, history=history)
+def lbfgs(groups: Groups, *, history: int = 10, weight_decay: float = 0.0) -> Optimizer:
+    return LBFGS(groups, history=history, weight_decay=weight_decay)
 
 
-def newton(groups: Groups, *, damping: float = 0.01, iterations: int = 50) -> Optimizer:
-    return NewtonCG(groups, damping=damping, iterations=iterations)
+def newton(groups: Groups, *, damping: float = 0.01, iterations: int = 50, weight_decay: float = 0.0) -> Optimizer:
+    return NewtonCG(groups, damping=damping, iterations=iterations, weight_decay=weight_decay)
 
 
 def adam(

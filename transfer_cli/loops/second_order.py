@@ -58,11 +58,13 @@ class SAM(torch.optim.SGD):
 class LineSearch(Optimizer):
     """Moves along one direction a step, as far as the batch's objective keeps falling (Nocedal & Wright 2006, section 3.1).
 
-    Has neither a learning rate nor a schedule.
+    Has neither a learning rate nor a schedule. To the objective it adds ½ `weight_decay` ‖w‖².
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **defaults: Any) -> None:
-        super().__init__(groups, {"lr": 1.0, **defaults})
+    def __init__(self, groups: list[dict[str, Any]], *, weight_decay: float = 0.0, **defaults: Any) -> None:
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, it is {weight_decay}")
+        super().__init__(groups, {"lr": 1.0, "weight_decay": weight_decay, **defaults})
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -71,7 +73,15 @@ class LineSearch(Optimizer):
     def minimise(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
         """One step from `loss`, 0-dim, with its graph; `again()` is the same objective at other parameters. Leaves the gradient in
         `.grad`."""
+        self._move(loss + self._decay(), lambda: again() + self._decay())
+
+    def _move(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
+        """`minimise`, of the whole objective."""
         raise NotImplementedError
+
+    def _decay(self) -> Tensor:
+        parts = [g["weight_decay"] * p.square().sum() for g in self.param_groups for p in g["params"]]
+        return 0.5 * torch.stack(parts).sum()
 
     def _search(
         self, value: float, direction: Tensor, slope: float, again: Callable[[], Tensor]
@@ -110,13 +120,13 @@ class LBFGS(LineSearch):
     """Limited-memory BFGS (Liu & Nocedal 1989). Both gradients of a pair are of one batch (Schraudolph, Yu & Guenter, AISTATS
     2007), so that batches may change; a pair without positive curvature is left out."""
 
-    def __init__(self, groups: list[dict[str, Any]], *, history: int) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, history: int, weight_decay: float = 0.0) -> None:
         if history < 1:
             raise ValueError(f"history is a number of pairs, not {history}")
-        super().__init__(groups)
+        super().__init__(groups, weight_decay=weight_decay)
         self.history = history
 
-    def minimise(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
+    def _move(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
         gradient = self._gradient(loss)
         self._leave(gradient)
         pairs = self.state[self.parameters[0]].setdefault("pairs", [])
@@ -151,15 +161,17 @@ class NewtonCG(LineSearch):
     Wright 2006, algorithm 7.1), of the damped Hessian H + λ I (Martens, ICML 2010): λ falls or rises fourfold with the share of the
     promised decrease that a full step has brought."""
 
-    def __init__(self, groups: list[dict[str, Any]], *, damping: float, iterations: int) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], *, damping: float, iterations: int, weight_decay: float = 0.0
+    ) -> None:
         if damping < 0 or iterations < 1:
             raise ValueError(
                 f"damping must not be negative and iterations at least 1; they are {damping} and {iterations}"
             )
-        super().__init__(groups, damping=damping)
+        super().__init__(groups, weight_decay=weight_decay, damping=damping)
         self.iterations = iterations
 
-    def minimise(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
+    def _move(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
         with_graph = self._gradient(loss, twice=True)
         gradient = with_graph.detach()
         self._leave(gradient)
