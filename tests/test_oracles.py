@@ -84,7 +84,7 @@ def test_kronecker_factors_of_all_layers_are_those_of_laplace_torch(kind: str) -
     curvature = Curvature(network)  # type: ignore[arg-type]
     curvature.add(x, "target", 1.0)
     curvature.decompose()
-    logits, ours = curvature.outputs(x[:7], "target", torch.tensor(lam))
+    logits, ours, of_head = curvature.outputs(x[:7], "target", torch.tensor(lam))
     plain = nn.Sequential(*below, network.head)
     theirs = laplace.Laplace(
         plain, "classification", subset_of_weights="all", hessian_structure="kron", prior_precision=lam
@@ -93,3 +93,4 @@ def test_kronecker_factors_of_all_layers_are_those_of_laplace_torch(kind: str) -
     mean, covariance = theirs._glm_predictive_distribution(x[:7])
     torch.testing.assert_close(logits, mean.detach(), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(ours, covariance.detach(), rtol=1e-4, atol=1e-6)
+    assert bool((ours - of_head).diagonal(dim1=1, dim2=2).ge(0).all()) and not torch.allclose(ours, of_head)
