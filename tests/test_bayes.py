@@ -302,6 +302,20 @@ def test_temperature_and_strength_are_chosen_by_what_is_left_out() -> None:
         NIWLDA(context(has_target_labels=True), folds=0)
 
 
+def test_of_one_label_a_class_an_isotropic_head_learns() -> None:
+    """The evidence of so few would have it predict every class alike."""
+    found = []
+    for seed in range(5):
+        source, few, test = stretched(1, seed=seed, new=True)
+        nll = {}
+        for choose in ("cv", "evidence"):
+            log_probs = fitted(source, few, shared=False, choose=choose).predict(test.x).log_probs
+            nll[choose] = -float(log_probs.gather(1, test.y[:, None]).mean())
+        assert nll["evidence"] > np.log(4) - 0.05
+        found.append(nll["cv"])
+    assert float(np.mean(found)) < np.log(4) - 0.15
+
+
 def test_what_was_chosen_is_told() -> None:
     source, few, _ = stretched(4)
     setting = {"num_classes": 4, "source_classes": 4, "has_target_labels": True}

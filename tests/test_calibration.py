@@ -180,6 +180,25 @@ def test_the_density_ratio_is_that_of_gaussians() -> None:
     assert torch.allclose(fit_density_ratio(source, target)(grid), grid[:, 0] - 0.5, atol=0.15)
     fewer = fit_density_ratio(source[:400], target)(grid)  # the numbers of samples do not count
     assert torch.allclose(fewer, grid[:, 0] - 0.5, atol=0.5)
+    for unit in (1e-12, 1e12):  # nor does the unit; the third feature is constant
+        of_unit = fit_density_ratio(*(torch.cat([unit * x, torch.full((len(x), 1), 0.1)], 1) for x in (source, target)))
+        at = torch.cat([unit * grid, torch.full((4, 1), 0.1)], 1)
+        assert torch.allclose(of_unit(at), grid[:, 0] - 0.5, atol=0.15)
+
+
+@pytest.mark.parametrize("unit", [1e-15, 1e15])
+def test_the_unit_of_targets_changes_neither_factors_nor_coverage(unit: float) -> None:
+    plain, data = (gaussian(200, 1.7), gaussian(200, 1.7))
+    scaled = LabelledPrediction(
+        Prediction(mean=unit * data.prediction.mean, variance=unit**2 * data.prediction.variance), unit * data.labels
+    )
+    for kind in ("ts", "ts_map", "vector"):
+        factors = [fit_calibration(kind, one)[0].factor for one in (plain, scaled)]
+        torch.testing.assert_close(*factors, rtol=1e-6, atol=0)
+        assert float(factors[0].max()) > 1.3
+    found = [fit_conformal(one, 0.9)(one.prediction) for one in (plain, scaled)]
+    torch.testing.assert_close(unit * found[0].upper, found[1].upper)
+    assert final_score(found[1], scaled.labels)["conformal_coverage"] == pytest.approx(0.9, abs=0.02)
 
 
 def test_weights_mend_the_coverage_under_covariate_shift() -> None:

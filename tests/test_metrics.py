@@ -14,7 +14,15 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, mean_absolute_er
 from torch import Tensor
 
 from transfer_cli.errors import TransferError
-from transfer_cli.evaluation.metrics import classification, expected_calibration_error, macro_f1, regression, score
+from transfer_cli.evaluation.metrics import (
+    classification,
+    epistemic_share,
+    expected_calibration_error,
+    macro_f1,
+    regression,
+    sample_nll,
+    score,
+)
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.evaluation.validators import VALIDATORS, View, applicable, load_validator
 from transfer_cli.evaluation.validators.entropy import entropy
@@ -295,3 +303,18 @@ def test_validators_load_by_name_and_apply_where_they_can() -> None:
     seen = View("regression", mean, torch.zeros(1, 1), mean, lambda domain: torch.zeros(1, 3))
     assert [name for name in known if applicable(seen, known[name])] == ["source_val", "iwv", "dev", "rankme", "mmd"]
     assert applicable(plain, lambda view: 0.0), "a plugin's need not say what it needs"
+
+
+@pytest.mark.parametrize("unit", [1e-15, 1e15])
+def test_figures_of_a_regression_do_not_depend_on_the_unit_of_its_targets(unit: float) -> None:
+    mean, variance, labels = random_regression()
+    plain = regression(mean, variance, labels, 0.3 * variance)
+    scaled = regression(unit * mean, unit**2 * variance, unit * labels, 0.3 * unit**2 * variance)
+    lengths = {"rmse", "mae", "crps", "width_50", "width_80", "width_95"}
+    assert lengths < set(plain)
+    for name, value in plain.items():
+        wanted = unit * value if name in lengths else value + math.log(unit) if name == "nll" else value
+        assert scaled[name] == pytest.approx(wanted, rel=1e-9), name
+    prediction = Prediction(mean=unit * mean, variance=unit**2 * variance, epistemic=0.3 * unit**2 * variance)
+    assert float(sample_nll(prediction, unit * labels).mean()) == pytest.approx(scaled["nll"], rel=1e-9)
+    assert float(epistemic_share(prediction).mean()) == pytest.approx(0.3, rel=1e-9)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.prediction import NO_SPREAD, Prediction
 from transfer_cli.evaluation.temperature import PRIOR_STD, fit_temperature, minimise_log
 
 STEPS = 200  # of L-BFGS, which needs some ten
@@ -89,7 +89,7 @@ def _temperature(data: LabelledPrediction, centre: float | None = None) -> float
         return fit_temperature(_finite(data.prediction.log_probs), data.labels, centre=centre)
     assert data.prediction.mean is not None and data.prediction.variance is not None
     error = data.labels.double() - data.prediction.mean.double()
-    squares = (error.square() / data.prediction.variance.double().clamp_min(1e-24)).flatten()
+    squares = (error.square() / data.prediction.variance.double().clamp_min(NO_SPREAD**2)).flatten()
     total, n = float(squares.sum()), len(squares)
     return minimise_log(lambda log_s: total / 2 * math.exp(-2 * log_s) + n * log_s, centre)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from transfer_cli.evaluation.calibration import LabelledPrediction
-from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.prediction import NO_SPREAD, Prediction
 
 ENOUGH = 100  # effective scores: with fewer, coverage varies by more than 3 points from one draw of them to another
 FOLDS, STRENGTHS = 3, (1.0, 10.0, 100.0, 1000.0)  # divided by the number of samples
@@ -53,7 +53,7 @@ def fit_density_ratio(
 
     x = torch.cat([source, target]).double().flatten(1)
     mean, scale = x.mean(0), x.std(0, correction=0)
-    scale = torch.where(scale > 1e-8, scale, 1.0)
+    scale = torch.where(scale > 1e-10 * x.abs().amax(0), scale, 1.0)  # of constant ones; units do not matter
     z, domain = ((x - mean) / scale).numpy(), np.arange(len(x)) >= len(source)
     fold = np.arange(len(x)) % FOLDS
 
@@ -103,7 +103,7 @@ class Conformal:
                 prediction, members=1 - prediction.log_probs.double().exp() <= q.to(prediction.log_probs.device)
             )
         assert prediction.mean is not None and prediction.variance is not None
-        half = q.to(prediction.mean.device) * prediction.variance.double().sqrt().clamp_min(1e-12)
+        half = q.to(prediction.mean.device) * prediction.variance.double().sqrt().clamp_min(NO_SPREAD)
         return replace(prediction, lower=prediction.mean - half, upper=prediction.mean + half)
 
     @property
@@ -136,4 +136,4 @@ def _scores(data: LabelledPrediction) -> Tensor:
     if prediction.log_probs is not None:
         return 1 - prediction.log_probs.double().exp().gather(1, data.labels[:, None])
     assert prediction.mean is not None and prediction.variance is not None
-    return (data.labels - prediction.mean).abs().double() / prediction.variance.double().sqrt().clamp_min(1e-12)
+    return (data.labels - prediction.mean).abs().double() / prediction.variance.double().sqrt().clamp_min(NO_SPREAD)

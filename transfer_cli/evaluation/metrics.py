@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from transfer_cli.evaluation.prediction import Prediction
+from transfer_cli.evaluation.prediction import NO_SPREAD, Prediction
 from transfer_cli.evaluation.temperature import fit_temperature
 
 
@@ -84,7 +84,7 @@ def epistemic_share(prediction: Prediction) -> Tensor:
     if prediction.log_probs is not None:
         return (prediction.epistemic.double().cpu() / uncertainty(prediction).clamp_min(1e-24)).clamp(0, 1)
     assert prediction.variance is not None
-    return prediction.epistemic.double().cpu() / prediction.variance.double().cpu().clamp_min(1e-24)
+    return prediction.epistemic.double().cpu() / prediction.variance.double().cpu().clamp_min(NO_SPREAD**2)
 
 
 def sample_nll(prediction: Prediction, labels: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def sample_nll(prediction: Prediction, labels: Tensor) -> Tensor:
         labels = labels.cpu()
         return -padded(prediction.log_probs, labels).gather(1, labels[:, None])[:, 0]
     assert prediction.mean is not None and prediction.variance is not None
-    sigma = prediction.variance.double().cpu().sqrt().clamp_min(1e-12)
+    sigma = prediction.variance.double().cpu().sqrt().clamp_min(NO_SPREAD)
     z = (labels.double().cpu() - prediction.mean.double().cpu()) / sigma
     return (0.5 * z.square() + sigma.log() + 0.5 * math.log(2 * math.pi)).mean(1)
 
@@ -171,7 +171,7 @@ def regression(mean: Tensor, variance: Tensor, labels: Tensor, epistemic: Tensor
     is the mean share of the variance that more data would remove, where `epistemic` `(N, T)` is known.
     """
     mean, variance, labels = mean.double().cpu(), variance.double().cpu(), labels.double().cpu()
-    sigma = variance.sqrt().clamp_min(1e-12)
+    sigma = variance.sqrt().clamp_min(NO_SPREAD)
     error = labels - mean
     z = error / sigma
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
@@ -192,5 +192,5 @@ def regression(mean: Tensor, variance: Tensor, labels: Tensor, epistemic: Tensor
         figures[f"coverage_error_{level}"] = covered - level / 100
         figures[f"width_{level}"] = float((2 * half * sigma).mean())
     if epistemic is not None:
-        figures["epistemic_share"] = float((epistemic.double().cpu() / variance.clamp_min(1e-24)).mean())
+        figures["epistemic_share"] = float((epistemic.double().cpu() / variance.clamp_min(NO_SPREAD**2)).mean())
     return figures

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NO_SPREAD = 1e-30  # a standard deviation that stands for zero: far below any that targets in small units have
+
 
 @dataclass(frozen=True)
 class Prediction:

@@ -32,6 +32,7 @@ OUTPUTS = 4
 TILE = 0.5  # inches of an image and its gap
 BINS = 15  # of confidence, as in the ECE
 NORMAL_95 = 1.959964  # half-width of a Gaussian's 95 % interval, in standard deviations
+NO_SPREAD = 1e-30  # a standard deviation that stands for zero, whatever the unit of the targets
 
 
 def draw_figures(folder: RunFolder) -> None:
@@ -264,7 +265,7 @@ def _predicted(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Fig
     rows = figure.subplots(outputs, 3, squeeze=False)
     shown = np.unique(np.linspace(0, len(labels) - 1, min(POINTS, len(labels))).astype(int))
     for t, axes in enumerate(rows):
-        true, guess, spread = labels[:, t], mean[:, t], np.maximum(sigma[:, t], 1e-12)
+        true, guess, spread = labels[:, t], mean[:, t], np.maximum(sigma[:, t], NO_SPREAD)
         order = np.argsort(true, kind="stable")[shown]  # spread evenly over the true values
         _against_true(axes[0], true[order], guess[order], NORMAL_95 * spread[order])
         _residuals(axes[1], true[order], guess[order], NORMAL_95 * spread[order])
@@ -381,8 +382,8 @@ def _sharpness(test: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Fig
     figure = _figure(8.8, 0.6 + 4.0 * outputs)
     halves = np.array([NormalDist().inv_cdf((1 + level) / 2) for level in np.arange(1, 100) / 100])
     for t, axes in enumerate(figure.subplots(outputs, 2, squeeze=False)):
-        error, spread = np.abs(labels[:, t] - mean[:, t]), np.maximum(sigma[:, t], 1e-12)
-        plain = np.abs(labels[:, t] - labels[:, t].mean()) / max(labels[:, t].std(), 1e-12)
+        error, spread = np.abs(labels[:, t] - mean[:, t]), np.maximum(sigma[:, t], NO_SPREAD)
+        plain = np.abs(labels[:, t] - labels[:, t].mean()) / max(labels[:, t].std(), NO_SPREAD)
         for name, z, scale, colour in (
             ("these", error / spread, spread.mean(), COLOURS[0]),
             ("of the labels' mean and deviation alone", plain, labels[:, t].std(), FAINT),

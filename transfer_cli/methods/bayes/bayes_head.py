@@ -12,7 +12,8 @@ z are features whitened by the source's covariance within classes (`whiten`), wi
 N(0, (λ S_w)⁻¹) on the features themselves. W_s and H_s are optimum and Hessian of the source's head. `covariance`: H is the
 Hessian at Ŵ (`laplace`) or Böhning's bound of it, ½ (I - 11ᵀ/K) ⊗ Σ z zᵀ (`boehning`), which needs one factor of size D.
 λ, α and the posterior's temperature τ are those of the least cross-validated negative log-likelihood (`choose: cv`), or λ and
-α those of the greatest Laplace evidence (`evidence`). Predicted is the mean of softmax over `draws` antithetic normal draws.
+α those of the greatest Laplace evidence (`evidence`). Where no class has two labels nothing can be left out: the evidence chooses,
+but of an isotropic prior, which it would then make so narrow that all classes are equally likely: λ = 1. Predicted is the mean of softmax over `draws` antithetic normal draws.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from transfer_cli.methods.math.span import Span, centred_block
 from transfer_cli.methods.phases import FeatureTask
 
 LAMBDAS = torch.logspace(-3, 3, 7, dtype=torch.float64).tolist()
+ONE_EACH = 1.0  # λ
 ALPHAS = torch.logspace(-3, 0, 4, dtype=torch.float64).tolist()
 FULL_MOST = 5000  # weights of a whole covariance
 TEMPERATURES = [0.0, *torch.logspace(-3, 0, 7, dtype=torch.float64).tolist()]
@@ -106,9 +108,7 @@ class BayesianHead(Head):
 
 
 class BayesHead(SourceInformed):
-    version = (
-        3  # few samples of many features are solved in their span; there the source's bound is that of differences
-    )
+    version = 4  # one label a class under an isotropic prior
     needs = Needs(source_of_any_classes=True, target_labels=True)
 
     def __init__(
@@ -180,8 +180,10 @@ class BayesHead(SourceInformed):
             return none if self.prior_kind == "isotropic" else head.mean, Precision(none)
         return head.mean, Precision(head.diagonal) if self.prior_kind == "ewc" else head.precision()
 
-    def settings(self) -> Iterator[tuple[float, float]]:
+    def settings(self, folds: Tensor | None) -> Iterator[tuple[float, float]]:
         """λ and α to choose among."""
+        if self.lam is None and folds is None and self.choose == "cv" and self.prior_kind == "isotropic":
+            return iter([(ONE_EACH, 0.0)])
         alphas = [0.0] if self.prior_kind in ("isotropic", "l2sp") else ALPHAS if self.alpha is None else [self.alpha]
         return product(LAMBDAS if self.lam is None else [self.lam], alphas)
 
@@ -189,7 +191,7 @@ class BayesHead(SourceInformed):
         """λ, α and τ."""
         folds = folds_of(problem.y, self.folds)
         best = None
-        for lam, alpha in self.settings():
+        for lam, alpha in self.settings(folds):
             here = with_prior(problem, sharp, lam, alpha)
             span = Span.of(here)
             here = here if span is None else span.problem

@@ -32,6 +32,7 @@ POINTS = 300  # of a scatter plot
 CURVE = 60  # points of a smooth curve
 OUTPUTS = 4  # of a regression
 NORMAL_95 = 1.959964  # half-width of a Gaussian's 95 % interval, in standard deviations
+NO_SPREAD = 1e-30  # a standard deviation that stands for zero, whatever the unit of the targets
 LOG = 40  # last lines of the log of a run that is not finished
 
 
@@ -279,7 +280,7 @@ def _outputs(arrays: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     labels = arrays["target_test_labels"].astype(float)
     mean, variance = (arrays[f"target_test_{name}"].astype(float) for name in ("mean", "variance"))
-    sigma = np.maximum(np.sqrt(variance), 1e-12)
+    sigma = np.maximum(np.sqrt(variance), NO_SPREAD)
     return labels.reshape(len(labels), -1), mean.reshape(len(labels), -1), sigma.reshape(len(labels), -1)
 
 
