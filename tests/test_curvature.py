@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from transfer_cli.backbones.digits import SmallCNN
 from transfer_cli.data.inputs import InputSpec
+from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.bayes.curvature import Curvature, curvature_root, is_factored
 from transfer_cli.methods.bayes.laplace import LEVERAGE, LastLayerLaplace, without_itself
 from transfer_cli.methods.phases import Batch, Labelled
+from transfer_cli.torchvision_compat import models
 
 
 class Out(NamedTuple):
@@ -111,6 +113,35 @@ def test_of_many_samples_each_layer_is_the_product_of_its_means() -> None:
     torch.testing.assert_close(curvature.slopes1, between.detach())
     values = torch.linalg.eigvalsh(torch.kron(between, hidden.T @ hidden) / 7).clamp_min(0)
     torch.testing.assert_close(curvature.decompose()[-18:].sort().values, values.detach(), rtol=1e-6, atol=1e-9)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x)[0].mean(1)
+
+
+class Uncalled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight
+
+
+def test_layers_whose_inputs_are_not_seen_keep_their_weights_or_are_refused() -> None:
+    torch.manual_seed(0)
+    network, x = Small(Attention(), nn.Linear(4, 4), width=4), torch.randn(3, 5, 4, dtype=torch.float64)
+    curvature = factored(network, x)
+    assert curvature.layers == [network.below[1], network.head]
+    assert curvature.outputs(x, "target", torch.tensor(0.1))[1].isfinite().all()
+    assert len(Curvature(models.swin_t()).layers) == 2 * 12 + 3 + 2  # type: ignore[arg-type]
+    with pytest.raises(TransferError, match=r"Linear.* is not called: set method\.layers=last"):
+        factored(Small(Uncalled(), width=4), x[:, 0])
 
 
 @pytest.mark.parametrize("stride", [1, 2])

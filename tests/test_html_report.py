@@ -130,6 +130,7 @@ def write_run(
             "health": {"proxy_a_distance": 1.2, "warnings": [{"kind": "x", "text": text} for text in warnings]},
             "seconds": {"load": 0.1, "fit": 61.0, "evaluate": 0.1},
             "steps": 100,
+            **({"fit": {"transfer_weight": 0.94, "log_evidence_gain": 2.7}} if method == "gp" else {}),
         },
     )
     write_json(path / "status.json", status)
@@ -304,6 +305,19 @@ def test_regression_has_its_predictions_and_intervals(root: Path) -> None:
     assert output["width"] == pytest.approx(metrics["width_95"], rel=1e-3)
     assert output["points"][0][2] == pytest.approx(1.96 * 0.8**0.5, rel=1e-3)
     assert output["base_rmse"] > output["rmse"] and 0.5 < output["closer"] <= 1
+    assert found["verdict"] == ["transfer weight 0.94: the source helps (log evidence +2.7)"]
+    assert details(base, None)["verdict"] == []
+
+
+def test_intervals_of_targets_in_small_units_are_drawn_as_those_in_large(root: Path, tmp_path: Path) -> None:
+    own = RunFolder(root / "men-women" / "gp-seed0-mw345678")
+    small = RunFolder(Path(shutil.copytree(own.path, tmp_path / own.path.name)))
+    unit = {"labels": 1e-14, "mean": 1e-14, "variance": 1e-28}
+    with np.load(own.predictions) as arrays:
+        np.savez(small.predictions, **{k: v * unit[k[12:]] if k[12:] in unit else v for k, v in arrays.items()})
+    found, wanted = (details(folder, None)["outputs"][0] for folder in (small, own))
+    assert found["coverage"] == wanted["coverage"]
+    assert found["width"] == pytest.approx(1e-14 * wanted["width"], rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(60, 5), (12, 40)])
@@ -580,6 +594,11 @@ def test_a_warning_and_a_regression_have_their_place(open_page: Any) -> None:
     page.wait_for_selector("#page[data-ready=gp-seed0-mw345678]")
     heads = page.locator("#page h3").all_inner_texts()
     assert {"Predicted against true", "Residuals", "Intervals: coverage"} <= set(heads)
+    assert "transfer weight 0.94: the source helps" in page.locator("#page").inner_text()
+    named = page.locator("#page table th[scope=col]").all_inner_texts()
+    assert named[1:7] == ["RMSE", "R²", "NLL", "CRPS", "95 % coverage", "95 % width"]
+    page.goto(page.url.partition("#")[0] + "#runs")
+    assert " wide" in page.locator("table.runs tbody tr", has=page.get_by_role("link", name="gp")).inner_text()
 
 
 def test_two_runs_are_compared(open_page: Any) -> None:

@@ -239,6 +239,15 @@ def test_the_source_s_posterior_is_the_target_s_prior() -> None:
     assert float(found["head_prior"]) == pytest.approx(0.5 * head / 3.0 / 12, rel=1e-5)
 
 
+def test_the_prior_of_several_targets_counts_once_for_all() -> None:
+    """Their loss is a mean over them."""
+    changes = {"label_mean": torch.zeros(2), "label_std": torch.ones(2), "target_width": 2}
+    method = SourcePrior(regression(mlp(), labelled={"target_labelled": 12}, **changes), head_variance=3.0)
+    found = method.penalties(Batch(None, None, None), None)["head_prior"]
+    head = sum(float(p.detach().square().sum()) for p in method.network.head.parameters())
+    assert float(found.detach()) == pytest.approx(0.5 * head / 3.0 / (12 * 2), rel=1e-5)
+
+
 def test_a_strong_prior_holds_and_a_weak_one_lets_go() -> None:
     def moved(epsilon: float) -> float:
         torch.manual_seed(0)
@@ -529,6 +538,26 @@ def test_regression_s_bound_is_the_expectation_itself() -> None:
     torch.testing.assert_close(method.bound(logits, variances, y).double(), wanted, rtol=1e-5, atol=1e-6)
     found = method.eval().predict(x)
     torch.testing.assert_close(found.epistemic, 16 * variances)
+
+
+def test_with_several_targets_the_optimum_is_each_one_s_posterior() -> None:
+    """S_t = (ΦᵀΦ / σ_t² + I / v)⁻¹ is where the whole objective is flat."""
+    torch.manual_seed(0)
+    changes = {"label_mean": torch.zeros(2), "label_std": torch.ones(2), "target_width": 2}
+    labelled = {"target_labelled": 30}
+    method = VBLL(regression(mlp(), has_source=False, labelled=labelled, **changes), covariance="dense", prior_variance=2.0)
+    batch = Batch(None, None, Labelled(torch.randn(30, 2), torch.randn(30, 2)))
+    with torch.no_grad():
+        method.network.log_noise.copy_(torch.tensor([0.3, -0.7]))
+        one = with_one(method.network(batch.target_labelled.x).features)
+        noise = method.network.log_noise.exp()[:, None, None]
+        root = torch.linalg.cholesky(torch.linalg.inv(one.T @ one / noise + torch.eye(6) / 2.0))
+        method.below.copy_(root.tril(-1))
+        method.log_scale.copy_(root.diagonal(dim1=1, dim2=2).log())
+    terms = method.losses(batch, Progress(0, 1)).terms
+    parts = torch.autograd.grad(terms["kl"], (method.below, method.log_scale), retain_graph=True)
+    slopes = torch.autograd.grad(sum(terms.values()), (method.below, method.log_scale))
+    assert max(float(s.abs().max()) for s in slopes) < 1e-3 * max(float(s.abs().max()) for s in parts)
 
 
 @torch.no_grad()

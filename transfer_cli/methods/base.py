@@ -191,6 +191,11 @@ class Network(nn.Module):
         n = len(source)
         return Outputs(features[:n], logits[:n]), Outputs(features[n:], logits[n:])
 
+    @property
+    def averaged_outputs(self) -> int:
+        """The outputs that `supervised` is a mean over, so that a prior's share of it is of as many parts."""
+        return 1 if self.kind == "classification" else self.head.out_features
+
     def supervised(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy, or the Gaussian negative log-likelihood of standardised targets with a learnt noise."""
         if self.kind == "classification":

@@ -35,13 +35,17 @@ def result_lines(result: Mapping[str, Any] | None, path: Path) -> list[str]:
             f"{split.replace('_', ' '):13}"
             + "".join(f"  {row.get(name, ''):>{width}}" for name, width in widths.items())
         )
-    verdict = [
+    return [*lines, *verdict_lines(result), _checkpoint_line(result), *warning_lines(result, path), _folder_line(path)]
+
+
+def verdict_lines(result: Mapping[str, Any]) -> list[str]:
+    """In words, what was found of the source, of the calibration, of sets or intervals, and of strange samples."""
+    return [
         *_transfer_lines(result.get("fit", {})),
         *_calibration_lines(result),
         *_set_lines(result),
         *_ood_lines(result),
     ]
-    return [*lines, *verdict, _checkpoint_line(result), *warning_lines(result, path), _folder_line(path)]
 
 
 def seed_lines(runs: Sequence[tuple[Mapping[str, Any] | None, Path]]) -> list[str]:

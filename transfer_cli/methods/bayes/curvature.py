@@ -6,7 +6,8 @@
 
 a are a layer's inputs, with a one for its bias, at each of its T places (1 where it is linear); g = (∂f / ∂s)ᵀ S are slopes in its
 outputs s along the columns of S, of which S Sᵀ is the likelihood's curvature in the network's outputs f. Layers are independent.
-Frozen layers, those that normalise and convolutions in groups keep their weights.
+Frozen layers, those that normalise, convolutions in groups and attention (whose layers are not called, so that no inputs are seen)
+keep their weights.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfer_cli.errors import TransferError
 from transfer_cli.methods.base import Network
 from transfer_cli.methods.fitted import Fitted
 
 NUMBERS = 2**22  # of Jacobians at once
+ATTENTION = ("MultiheadAttention", "ShiftedWindowAttention", "ShiftedWindowAttentionV2")  # of torch and torchvision
 MOST = 2**27  # numbers in all factors: a gigabyte
 
 
@@ -32,7 +35,8 @@ class Curvature(nn.Module):
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        found: list[Any] = [layer for layer in network.modules() if is_factored(layer)]
+        hidden = {inner for m in network.modules() if type(m).__name__ in ATTENTION for inner in m.modules()}
+        found: list[Any] = [layer for layer in network.modules() if layer not in hidden and is_factored(layer)]
         self._looked_at = (network, found)  # in a tuple, so that they are no modules of this one
         sizes = [(width_of(layer), len(layer.weight)) for layer in found]
         if sum(a * a + g * g for a, g in sizes) > MOST:
@@ -124,6 +128,11 @@ class Curvature(nn.Module):
             network.train(mode)
             for hook in hooks:
                 hook.remove()
+        if len(seen) < len(layers):
+            lacking = next(layer for layer in layers if layer not in seen)
+            raise TransferError(
+                f"layers=all looks at what enters and leaves each layer, and {lacking} is not called: set method.layers=last."
+            )
         return logits, [seen[layer] for layer in layers]
 
     def slopes(self, logits: Tensor, seen: list[tuple[Tensor, Tensor]], along: Tensor) -> list[Tensor]:

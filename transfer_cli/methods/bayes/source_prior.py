@@ -4,7 +4,7 @@
     finetune   min_{F,C}  CE(C(F(x_t)), y_t) + (1/N) [½ (w - μ)ᵀ Σ⁻¹ (w - μ) + ½ ‖C‖² / `head_variance`]
                Σ = λ (½ D + Z Zᵀ / (2 (K - 1))) + ε I
 
-N is the number of granted labels, `scale` λ and `epsilon` ε; μ, D and Z are SWAG's mean, variances and last K = `rank` deviations
+N is the number of granted labels (in regression of all their targets, over which the loss is a mean), `scale` λ and `epsilon` ε; μ, D and Z are SWAG's mean, variances and last K = `rank` deviations
 (Maddox et al., NeurIPS 2019). The low-rank factor is scaled by √λ, and Σ⁻¹ is Woodbury's: nothing of the size of all weights
 squared. Fine-tuning starts at μ. The penalty stands in for weight decay: `optimizer.weight_decay=0`. λ should bring the source's
 variances to the size of what weights move by: SGD's own are small.
@@ -27,6 +27,7 @@ from transfer_cli.methods.phases import Batch, Gradient, Progress
 class SourcePrior(FineTune):
     needs = Needs(source_of_any_classes=True, target_labels=True)
     needs_trained_start = True
+    version = 2  # the prior's weight with several targets
     inverse: Tensor
     inner: Tensor
 
@@ -52,7 +53,7 @@ class SourcePrior(FineTune):
             raise ValueError("scale, epsilon and head_variance are positive")
         self.scale, self.epsilon, self.head_variance = scale, epsilon, head_variance
         self.start, self.every = start, every
-        self.samples = context.labelled.get("target_labelled", 1)
+        self.samples = context.labelled.get("target_labelled", 1) * self.network.averaged_outputs
         size = sum(p.numel() for p in self.weights())
         if not size:
             raise ValueError("is a prior for a backbone's weights, and this one has none that train")

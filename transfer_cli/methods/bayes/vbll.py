@@ -6,7 +6,7 @@
     regression       max  mean_i [log N(y; w̄ᵀφ, σ²) - ½ φᵀSφ / σ²] - KL(q ‖ p) / N
 
 φ are the network's features with a one for the bias, w̄ the head's weights, N the number of labelled samples; backbone, w̄, S and
-the noise σ² are trained together. `covariance`: S_k is `diagonal`, or `dense` (a Cholesky factor of the features' width for each
+the noise σ² are trained together; of several targets the mean over them is maximised, KL / (N T). `covariance`: S_k is `diagonal`, or `dense` (a Cholesky factor of the features' width for each
 class). Both are lower bounds of the log-likelihood's mean under q less the KL term, without sampling. The paper's noise in the
 logits and its inverse-Wishart prior on σ² are left out. Predicted is the mean of softmax over `draws` of the logits.
 """
@@ -28,6 +28,8 @@ from transfer_cli.methods.phases import Batch, Gradient, Losses, Moves, Progress
 
 
 class VBLL(Supervised):
+    version = 2  # the divergence's weight with several targets
+
     def __init__(
         self,
         context: Context,
@@ -41,6 +43,7 @@ class VBLL(Supervised):
             raise ValueError("prior_variance is positive, and draws at least 2")
         self.prior_variance, self.draws = prior_variance, draws
         self.samples = sum(context.labelled.get(part, 0) for part in self.parts) or 1
+        self.samples *= self.network.averaged_outputs
         width = self.network.feature_dim + 1
         self.log_scale = nn.Parameter(torch.full((context.outputs, width), -0.5 * math.log(width)))
         below = torch.zeros(context.outputs, width, width) if covariance == "dense" else None

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transfer_cli.report.closing import verdict_lines
 from transfer_cli.report.html.images import as_data_uri
 from transfer_cli.report.html.maps import feature_map
 from transfer_cli.report.paired import mcnemar
@@ -60,6 +61,7 @@ def details(folder: RunFolder, baseline: RunFolder | None, how: str = "pca") -> 
         "device",
     )
     content |= {key: _plain(result.get(key)) for key in kept}
+    content["verdict"] = verdict_lines(result)
     for key in ("health", "calibration", "conformal", "fit"):
         if result.get(key):
             content[key] = _plain(result[key])

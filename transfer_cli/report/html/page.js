@@ -30,6 +30,7 @@ const PERCENT = new Set(["accuracy", "macro_f1", "coverage_50", "coverage_80", "
 const NAMES = { accuracy: "accuracy", macro_f1: "macro-F1", nll: "NLL", brier: "Brier", ece: "ECE", ece_equal_mass: "ECE, equal mass",
   rmse: "RMSE", mae: "MAE", r2: "R²", crps: "CRPS", aurc: "AURC", coverage_95: "95 % coverage", width_95: "95 % width",
   os_star: "OS*", hos: "HOS", nll_best_temperature: "NLL at best temperature" };
+const FIRST = ["rmse", "r2", "nll", "crps", "coverage_95", "width_95"]; // of a wide table: coverage says nothing without the width
 const HIGHER = new Set(["accuracy", "macro_f1", "r2", "os_star", "hos", "unknown_accuracy"]);
 const LOWER = new Set(["nll", "brier", "ece", "ece_equal_mass", "rmse", "mae", "crps", "aurc"]);
 const nameOf = (key) => NAMES[key] || key.replaceAll("_", " ");
@@ -182,7 +183,7 @@ function listOfRuns(where, everything) {
     ["seed", seedOf, (r) => r.seed[0] * 1e6 + r.seed[1], "n"],
     ["target test", figureOf, (r) => r.figure, "n"],
     ["NLL", (r) => (r.figures.nll === undefined ? "" : shown("nll", r.figures.nll)), (r) => r.figures.nll, "n"],
-    ["ECE or 95 % coverage", (r) => (r.figures.ece === undefined ? (r.figures.coverage_95 === undefined ? "" : percent(r.figures.coverage_95)) : shown("ece", r.figures.ece)),
+    ["ECE or 95 % coverage", (r) => (r.figures.ece === undefined ? (r.figures.coverage_95 === undefined ? "" : `${percent(r.figures.coverage_95)}, ${number(r.figures.width_95)} wide`) : shown("ece", r.figures.ece)),
       (r) => r.figures.ece ?? r.figures.coverage_95, "n"],
     ["fit", (r) => seconds(r.seconds), (r) => r.seconds, "n"],
   ];
@@ -367,7 +368,8 @@ async function showRun(run) {
 function figures(run, base, d) {
   if (!d.metrics) return [];
   const rows = [["source test", d.metrics.source_test], ["target test", d.metrics.target_test], base ? [`target test, ${base.method}`, base.figures, base] : null].filter((row) => row && row[1]);
-  const keys = Object.keys(d.metrics.target_test);
+  const there = Object.keys(d.metrics.target_test), first = run.kind === "regression" ? FIRST.filter((key) => there.includes(key)) : [];
+  const keys = [...first, ...there.filter((key) => !first.includes(key))];
   const table = h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, ""), keys.map((key) => h("th", { scope: "col", class: "n" }, nameOf(key))))),
     h("tbody", {}, rows.map(([name, values, other]) => h("tr", {}, h("th", { scope: "row" }, other ? link(other, name) : name), keys.map((key) => h("td", { class: "n" }, shown(key, values[key])))))));
   if (base) $("tbody", table).append(h("tr", {}, h("th", { scope: "row" }, "gain"), keys.map((key) => {
@@ -381,6 +383,7 @@ function figures(run, base, d) {
   const oracle = sel.candidates > 1 && sel.oracle && !sel.uses_target_labels && sel.oracle.step !== sel.step
     ? `; target labels would have chosen step ${sel.oracle.step.toLocaleString("en")} (${run.kind === "classification" ? percent(sel.oracle.score) : `RMSE ${number(-sel.oracle.score)}`})` : "";
   return [section("Figures", h("div", { class: "scroll" }, table),
+    (d.verdict || []).map((line) => note(line)),
     note(`Checkpoint: step ${sel.step.toLocaleString("en")}, ${how}${oracle}.`),
     base ? note("Compared with ", link(base, `${base.method}, seed ${seedOf(base)}`), run.compared ? `, which differs also in ${run.compared}.` : ", the same setting and seed without transfer.", " ", h("a", { href: `#diff/${encodeURIComponent(base.id)}/${encodeURIComponent(run.id)}` }, "Config difference")) : null)];
 }
