@@ -545,7 +545,9 @@ def test_with_several_targets_the_optimum_is_each_one_s_posterior() -> None:
     torch.manual_seed(0)
     changes = {"label_mean": torch.zeros(2), "label_std": torch.ones(2), "target_width": 2}
     labelled = {"target_labelled": 30}
-    method = VBLL(regression(mlp(), has_source=False, labelled=labelled, **changes), covariance="dense", prior_variance=2.0)
+    method = VBLL(
+        regression(mlp(), has_source=False, labelled=labelled, **changes), covariance="dense", prior_variance=2.0
+    )
     batch = Batch(None, None, Labelled(torch.randn(30, 2), torch.randn(30, 2)))
     with torch.no_grad():
         method.network.log_noise.copy_(torch.tensor([0.3, -0.7]))

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -565,6 +566,36 @@ def test_a_table_runs_from_the_command_line(transfer: Transfer, tmp_path: Path) 
     assert result["metrics"]["target_test"]["r2"] > 0.99 and result["target"] == "lab_age>=50"
     wrong = transfer("run", *chosen, "source.drop=[agee]", "backbone=identity", "method=linear_probe")
     assert wrong.code == 2 and len(wrong.err.splitlines()) == 1 and "Did you mean 'age'?" in wrong.err
+
+
+def test_the_unit_of_targets_does_not_matter_to_networks(transfer: Transfer, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(300, 2))
+    rows = [f"{a},{b},{d},{c}" for (a, b), c, d in zip(x, x @ [2, -1], "st" * 150, strict=True)]
+    (tmp_path / "lab.csv").write_text("\n".join(["a,b,d,y", *rows]) + "\n")
+    found = []
+    for scale in ("1.0", "1e-13"):
+        each = (f"path={tmp_path}/lab.csv", "domain_column=d", f"target_scale={scale}")
+        keys = [f"{side}.{key}" for side in ("source", "target") for key in each]
+        outcome = transfer(
+            *("run", "source=table", "target=table", *keys, "source.domain=s", "target.domain=t", "backbone=mlp"),
+            *("method=vbll", "trainer.steps=60", "device=cpu", "threads=1"),
+        )
+        assert outcome.code == 0, outcome.err
+        found.append(json.loads((outcome.run / "result.json").read_text())["metrics"]["target_test"])
+    assert found[0]["r2"] > 0.5
+    for name in ("r2", "coverage_50", "coverage_95", "epistemic_share"):
+        assert found[1][name] == pytest.approx(found[0][name], abs=1e-3), name
+
+
+def test_columns_that_float32_would_merge_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "far.csv"
+    file.write_text("when,plain,y\n" + "".join(f"{1.7e9 + i},{1e6 + i},{i % 7}\n" for i in range(60)))
+    domain = load("table", tmp_path, path=str(file))
+    (note,) = domain.notes
+    assert re.search(r"cannot tell values apart in when \(\d\): set standardise=true", note) and "plain" not in note
+    domain = load("table", tmp_path, path=str(file), standardise=True)
+    assert domain.notes == () and len(np.unique(np.array(values(domain.train))[:, 0])) == 60
 
 
 # --- real files -----------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def build_method(
         source_labels_fit_head=shape.source_labels_fit_head or _prior_fits_head(config, shape),
         target_width=shape.target_width,
         label_mean=None if labels is None else labels.mean(0),
-        label_std=None if labels is None else labels.std(0, correction=0).clamp_min(1e-8),
+        label_std=None if labels is None else _deviation(labels),
         label_space=shape.label_space.setting,
         bottleneck=config.bottleneck,
         domain_batches=config.trainer.domain_batches,
@@ -442,3 +442,9 @@ def check_needs(
 
 def pair_label(components: Components) -> str:
     return f"{label(components.get('source'))} -> {label(components['target'])}"
+
+
+def _deviation(labels: Tensor) -> Tensor:
+    """Standard deviations `(T,)` of targets `(N, T)`, whatever their unit; one where they are all alike."""
+    found = labels.std(0, correction=0)
+    return torch.where(found > 1e-7 * labels.abs().amax(0), found, 1.0)

@@ -186,7 +186,20 @@ class Table:
         if filled:
             some = ", ".join(f"{name} ({n})" for name, n in filled.items())
             notes.append(f"{self.name}: missing cells are the mean of their column over this domain: {some}")
-        return [as_float32(np.hstack(block), names, rows) for block, rows in zip(blocks, parts, strict=True)]
+        made = [as_float32(np.hstack(block), names, rows) for block, rows in zip(blocks, parts, strict=True)]
+        merged = _merged(np.hstack(blocks[0]), made[0])
+        if merged.any():
+            some = ", ".join(f"{names[j]} ({merged[j]})" for j in np.flatnonzero(merged)[:6])
+            notes.append(
+                f"{self.name}: float32 cannot tell values apart in {some}: set standardise=true, or subtract an offset"
+            )
+        return made
+
+
+def _merged(values: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """How many different values `(D,)` of a column are left, where these are fewer than half of what there were; else 0."""
+    before, after = ([len(np.unique(column)) for column in table.T] for table in (values, small))
+    return np.array([a if 2 * a < b else 0 for b, a in zip(before, after, strict=True)])
 
 
 def _one_hot(texts: Sequence[str | None], values: Sequence[str]) -> np.ndarray:

@@ -13,7 +13,8 @@ N(0, (λ S_w)⁻¹) on the features themselves. W_s and H_s are optimum and Hess
 Hessian at Ŵ (`laplace`) or Böhning's bound of it, ½ (I - 11ᵀ/K) ⊗ Σ z zᵀ (`boehning`), which needs one factor of size D.
 λ, α and the posterior's temperature τ are those of the least cross-validated negative log-likelihood (`choose: cv`), or λ and
 α those of the greatest Laplace evidence (`evidence`). Where no class has two labels nothing can be left out: the evidence chooses,
-but of an isotropic prior, which it would then make so narrow that all classes are equally likely: λ = 1. Predicted is the mean of softmax over `draws` antithetic normal draws.
+but of an isotropic prior, which it would then make so narrow that all classes are equally likely: λ = 1.
+Predicted is the mean of softmax over `draws` antithetic normal draws.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     finetune   min_{F,C}  CE(C(F(x_t)), y_t) + (1/N) [½ (w - μ)ᵀ Σ⁻¹ (w - μ) + ½ ‖C‖² / `head_variance`]
                Σ = λ (½ D + Z Zᵀ / (2 (K - 1))) + ε I
 
-N is the number of granted labels (in regression of all their targets, over which the loss is a mean), `scale` λ and `epsilon` ε; μ, D and Z are SWAG's mean, variances and last K = `rank` deviations
+N is the number of granted labels (in regression of all their targets, over which the loss is a mean),
+`scale` λ and `epsilon` ε; μ, D and Z are SWAG's mean, variances and last K = `rank` deviations
 (Maddox et al., NeurIPS 2019). The low-rank factor is scaled by √λ, and Σ⁻¹ is Woodbury's: nothing of the size of all weights
 squared. Fine-tuning starts at μ. The penalty stands in for weight decay: `optimizer.weight_decay=0`. λ should bring the source's
 variances to the size of what weights move by: SGD's own are small.
