@@ -378,6 +378,26 @@ def test_draws_are_antithetic_within_bounds_and_of_the_right_spread() -> None:
     assert float((narrow.draws(50) - found.mode).abs().max()) <= 0.1 + 1e-12
 
 
+def test_a_search_ends_where_an_optimum_is_known_and_finds_the_better_of_two() -> None:
+    prior, calls = Prior.of([(0.0, 10.0, -30, 30)] * 2, vector(0.0)), [0]
+
+    def two_wells(theta: Tensor) -> Tensor:
+        """About (-4, 0), and a deeper one about (12, 0)."""
+        calls[0] += 1
+        wells = torch.stack([vector(-4.0, 0.0), vector(12.0, 0.0)])
+        away = (theta - wells).square() * vector(1.0, 3.0)
+        return -torch.logsumexp(-away.sum(1) / 20 + vector(0.0, 3.0), 0) * 20
+
+    def found(*starts: Tensor) -> tuple[Tensor, int]:
+        calls[0] = 0
+        return maximum_a_posteriori(two_wells, prior, torch.stack(starts)), calls[0]
+
+    (once, alone), (twice, both) = found(vector(-9.0, 5.0)), found(vector(-9.0, 5.0), vector(-9.0, 5.0))
+    assert torch.equal(once, twice) and alone < both < 2 * alone - 2
+    close(found(vector(-9.0, 5.0), vector(18.0, -3.0))[0], found(vector(18.0, -3.0))[0], 1e-4)
+    assert float(found(vector(-9.0, 5.0), vector(18.0, -3.0))[0][0]) > 10 > -3 > float(once[0])
+
+
 def test_the_optimum_lies_within_bounds_and_steps_back_from_failures() -> None:
     prior = Prior.of([(0.0, 1.0, -1.0, 2.0)], vector(0.0))
     close(maximum_a_posteriori(lambda t: (t - 9).square().sum(), prior, starts_of(prior)), vector(2.0), 1e-6)
