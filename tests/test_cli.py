@@ -302,6 +302,7 @@ def test_predict_takes_a_data_set_of_ones_own_and_says_what_it_cannot_do(transfe
         ([run, "--dataset", "digits", "nn=3"], "no key 'target.nn'"),
         ([run, "--dataset", "digits", "extra"], "'extra' is not key=value; the run's folder comes before --dataset"),
         ([run, "nowhere.png"], "there is no image nowhere.png"),
+        ([run, "--dataset", "digits", "--draws", "2"], "only gp draws functions"),
         ([run, "--dataset", "digits", "--output", "no/such/folder.csv"], "--output no/such/folder.csv: No such file"),
     ):
         outcome = transfer("predict", *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -851,6 +852,18 @@ def test_a_run_states_its_verdict_and_can_be_evaluated_again(transfer: Transfer)
     result = json.loads((outcome.run / "result.json").read_text())
     assert line == _transfer_lines(result["fit"])[0]
     assert 0 < result["fit"]["transfer_weight"] <= 1 and "epistemic_share" in result["metrics"]["target_test"]
+    predict = ("predict", str(outcome.run), "--dataset", "diabetes", "domain=male", "--draws", "400")
+    drawn = list(csv.DictReader(transfer(*predict, "--batch-size", "7").out.splitlines()))
+    assert [row["sample"] for row in drawn] == [
+        row["sample"] for row in csv.DictReader(transfer(*predict).out.splitlines())
+    ]
+    values = torch.tensor([[float(row[f"draw{i}_0"]) for i in range(400)] for row in drawn])
+    mean, std, share = (
+        torch.tensor([float(row[f"{k}_0"]) for row in drawn]) for k in ("mean", "std", "epistemic_share")
+    )
+    off = (values.mean(1) - mean) / (std * share.sqrt())  # without noise
+    assert float(off.abs().max()) < 5 / 400**0.5
+    torch.testing.assert_close(values.std(1), std * share.sqrt(), rtol=0.2, atol=0)
     again = transfer("evaluate", str(outcome.run))
     assert again.code == 0 and "result.json agrees" in again.out, again.out + again.err
     assert Path(outcome.run / "figures").exists()
