@@ -24,7 +24,8 @@ from transfer_cli.loops.console import Console, SeedConsole
 from transfer_cli.loops.devices import choose_device, reproducible, use_threads
 from transfer_cli.loops.interrupt import Interrupt
 from transfer_cli.loops.session import Clock, Session, make_session
-from transfer_cli.loops.stacked import CannotStack, check_stackable, run_together
+from transfer_cli.loops.stack import CannotStack
+from transfer_cli.loops.stacked import check_stackable, run_together
 from transfer_cli.report.closing import result_lines, seed_lines
 from transfer_cli.report.figures import draw_figures
 from transfer_cli.run_folder import RunFolder, read_json
