@@ -116,22 +116,23 @@ def maximum_a_posteriori(negative_log_likelihood: OfTheta, prior: Prior, starts:
     Raises:
         TransferError: the likelihood has a value nowhere.
     """
-    scale = prior.covariance.diagonal().sqrt()
+    scale, precision = prior.covariance.diagonal().sqrt(), torch.cholesky_inverse(prior.root)
     failure: list[TransferError] = []
     seen: list[float] = []
 
     def value_and_gradient(flat: Any) -> tuple[float, Any]:
         theta = (prior.mean + scale * torch.from_numpy(flat).to(scale)).requires_grad_()
         try:
-            loss = negative_log_likelihood(theta) + prior.negative_log_density(theta)
+            loss = negative_log_likelihood(theta)
             (gradient,) = torch.autograd.grad(loss, theta)
         except TransferError as error:
             failure[:] = [error]
             return failed()
         if not bool(loss.isfinite() & gradient.isfinite().all()):
             return failed()
-        seen.append(float(loss.detach()))
-        return seen[-1], (gradient * scale).cpu().numpy()
+        away = precision @ (theta.detach() - prior.mean)  # the prior's gradient; a graph of its own would cost more
+        seen.append(float(loss.detach() + 0.5 * away @ (theta.detach() - prior.mean)))
+        return seen[-1], ((gradient + away) * scale).cpu().numpy()
 
     def failed() -> tuple[float, Any]:
         """A little above the best, so that the line search comes back, and not by more than it must."""
