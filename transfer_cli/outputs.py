@@ -27,7 +27,7 @@ from transfer_cli.evaluation.calibrated import Calibrated
 from transfer_cli.evaluation.health import proxy_a_distance
 from transfer_cli.loops.checkpoints import serialise
 from transfer_cli.loops.session import Session
-from transfer_cli.run_folder import RESULT_SCHEMA, RunFolder, read_json, write_atomically, write_json
+from transfer_cli.run_folder import RESULT_SCHEMA, RunFolder, read_object, write_atomically, write_json
 
 LIBRARIES = ("torch", "torchvision", "hydra-core", "omegaconf", "gpytorch", "numpy", "scipy", "scikit-learn")
 
@@ -93,7 +93,7 @@ def check_same_ground(folder: RunFolder, fingerprints: dict[str, str], device: t
     Raises:
         TransferError: saying which changed.
     """
-    manifest = read_json(folder.manifest) or {}
+    manifest = read_object(folder.manifest)
     recorded = manifest.get("fingerprints", fingerprints)
     changed = [group for group in fingerprints if recorded.get(group) != fingerprints[group]]
     if changed:

@@ -28,7 +28,7 @@ from transfer_cli.loops.stack import CannotStack
 from transfer_cli.loops.stacked import check_stackable, run_together
 from transfer_cli.report.closing import result_lines, seed_lines
 from transfer_cli.report.figures import draw_figures
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_json, read_object
 
 
 def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
@@ -62,7 +62,7 @@ def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
                 errors[i] = error
         if todo:
             reproducible(device)
-            use_threads((read_json(folders[todo[0]].manifest) or {}).get("threads") or config.threads)
+            use_threads(read_object(folders[todo[0]].manifest).get("threads") or config.threads)
 
             # the domains and the task they pose, and for each seed the method on its backbone
             problem = pose_problem(config, components, fingerprints)
@@ -137,7 +137,7 @@ def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
                 raise
             except Exception as error:
                 for i in todo:
-                    if (read_json(folders[i].status) or {}).get("state") != "finished":
+                    if read_object(folders[i].status).get("state") != "finished":
                         folders[i].set_status("failed", error=f"{type(error).__name__}: {error}")
                 raise
             finally:

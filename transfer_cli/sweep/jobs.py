@@ -22,7 +22,7 @@ from transfer_cli.config.identity import component_content, identify
 from transfer_cli.config.schema import COMPONENTS, Config, Sweep, check_sweep
 from transfer_cli.errors import TransferError
 from transfer_cli.registry import Component
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_object
 from transfer_cli.sweep.ranges import Choice, Range, draw, read_ranges, word
 
 SEARCHED = ("method", "then", "optimizer")  # groups whose `search:` is heeded
@@ -224,7 +224,7 @@ class Look:
             if state == "finished":
                 self._check_data(folder, config, components)
             elif state == "failed":
-                error = str((read_json(folder.status) or {}).get("error"))
+                error = str(read_object(folder.status).get("error"))
             return Job(shown, state, error, folder, config, components)
         except TransferError as problem:
             return Job(shown, "refused", str(problem))

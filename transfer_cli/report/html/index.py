@@ -15,7 +15,7 @@ from transfer_cli.report.negative import TRAINED, baseline_runs
 from transfer_cli.report.runs import SEEDS, Record, Run
 from transfer_cli.report.selection import written
 from transfer_cli.report.tables import Pair, Row, Table
-from transfer_cli.run_folder import HEADLINE, RunFolder, read_json
+from transfer_cli.run_folder import HEADLINE, RunFolder, read_object
 
 
 def describe(tables: Sequence[Table], records: Sequence[Record]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _places(tables: Sequence[Table]) -> dict[Path, tuple[str, str, Row, Pair]]:
 
 def _entry(record: Record, run: Run | None, place: tuple[str, str, Row, Pair] | None) -> dict[str, Any]:
     folder = RunFolder(record.path)
-    manifest = read_json(folder.manifest) or {}
+    manifest = read_object(folder.manifest)
     common: Mapping[str, Any] = run.settings[""] if run is not None else {}
     entry: dict[str, Any] = {
         "path": str(record.path),
@@ -94,7 +94,7 @@ def _entry(record: Record, run: Run | None, place: tuple[str, str, Row, Pair] | 
         "command": shlex.join(manifest.get("command", [])),
     }
     if record.run is not None:
-        result = read_json(folder.result) or {}
+        result = read_object(folder.result)
         entry["kind"], entry["figures"] = record.run.kind, {k: _number(v) for k, v in record.run.figures.items()}
         entry["figure"] = entry["figures"].get(HEADLINE[record.run.kind])
         entry["seconds"], entry["time"] = result.get("seconds", {}).get("fit"), record.run.time.replace("T", " ")[:16]
