@@ -326,6 +326,7 @@ def test_a_sweep_killed_twice_and_typed_again_loses_nothing(tmp_path: Path, tran
     assert len(results()) == total and finished.items() <= results().items()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries below an old Optuna
 def test_optuna_says_what_it_needs_or_searches(transfer: Transfer, tmp_path: Path) -> None:
     sweep = ["-m", *FAST[:-1], "method=coral", "sweep=optuna", "n=3"]
     try:

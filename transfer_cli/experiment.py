@@ -48,29 +48,28 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
             return folder
         reproducible(device)
         use_threads(read_object(folder.manifest).get("threads") or config.threads)
+        with outputs.begun(folder, config, components, identity, fingerprints, device, command):
+            # the domains, the task they pose, the method on its backbone; features instead of inputs, if that is never trained
+            problem = pose_problem(config, components, fingerprints)
+            method = build_method(
+                config,
+                components,
+                problem.task.shape,
+                device,
+                training_labels(problem.task),
+                sizes=labelled_sizes(problem.task),
+            )
+            for line in opening_lines(config, components, problem, method, device):
+                console.say(line)
+            problem = extract_features(problem, method, config, components, device, console)
+            evaluator = make_evaluator(config, problem.task, problem.heldout, device)
+            loaded = time.perf_counter() - began
 
-        # the domains, the task they pose, the method on its backbone; features instead of inputs, if that is never trained
-        problem = pose_problem(config, components, fingerprints)
-        method = build_method(
-            config,
-            components,
-            problem.task.shape,
-            device,
-            training_labels(problem.task),
-            sizes=labelled_sizes(problem.task),
-        )
-        for line in opening_lines(config, components, problem, method, device):
-            console.say(line)
-        problem = extract_features(problem, method, config, components, device, console)
-        evaluator = make_evaluator(config, problem.task, problem.heldout, device)
-        loaded = time.perf_counter() - began
+            interrupt = Interrupt()
+            session = make_session(
+                config, components, problem.task, method, evaluator, folder, identity, device, console, interrupt
+            )
 
-        interrupt = Interrupt()
-        session = make_session(
-            config, components, problem.task, method, evaluator, folder, identity, device, console, interrupt
-        )
-
-        outputs.prepare(folder, config, components, identity, fingerprints, device, command)
         console.log_to(folder.log)
         sinks, state = Sinks(config, folder, device, console.say), "interrupted"
         session.metrics.listeners.append(sinks.write)
