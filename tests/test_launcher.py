@@ -187,6 +187,22 @@ def test_no_job_outlives_a_launcher_that_was_killed(tmp_path: Path) -> None:
     assert all("stopped and saved" in p.read_text() for p in tmp_path.rglob("run.log"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes in /proc")
+def test_the_process_that_jobs_are_forked_from_is_deaf_to_the_signals_of_the_group() -> None:
+    """Or Ctrl-C while it imports, and SIGTERM at any time, would end it under the launcher's feet."""
+    code = """
+from multiprocessing import forkserver
+from pathlib import Path
+from transfer_cli.launcher.job import HELD
+from transfer_cli.launcher.local import start_server
+
+start_server(1)
+(line,) = [l for l in Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").open() if l.startswith("SigBlk")]
+assert all(int(line.split()[1], 16) >> (number - 1) & 1 for number in HELD), line
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.slow
 def test_a_storm_of_signals_loses_nothing(tmp_path: Path, transfer: Transfer) -> None:
     """To the whole group, at random moments, until the sweep gets through; SIGKILL among them."""

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     check_choice(arguments.map, MAPS, "--map")
     check_choice(arguments.format, FORMATS, "--format")
-    if arguments.validators and arguments.select:
+    if arguments.validators and arguments.select and arguments.html is None:
         raise TransferError("--validators compares all of them: leave out --select.")
     records = collect(arguments.paths)
     if arguments.html is not None:
