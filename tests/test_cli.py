@@ -322,6 +322,20 @@ def test_what_is_of_the_whole_sweep_stays_one_value_over_experiments() -> None:
     assert hydra_glue._keys_of_each_job(given) == [*of_the_sweep, "method.weight=choice(1)"]
 
 
+def test_several_methods_share_a_key_that_the_default_method_has_not(transfer: Transfer) -> None:
+    sweep = ["method=coral,sstca", "method.ridge=2", "seed=0,1"]
+    assert hydra_glue._keys_of_each_job([*sweep, "optimizer.lr=1"])[1:] == [
+        "method.ridge=choice(2)",
+        "seed=0,1",
+        "optimizer.lr=1",
+    ]
+    assert [line for line in transfer("plan", *sweep, "--runs").out.splitlines() if line.startswith("new")] == [
+        f"new         method={method} method.ridge=2 seed={seed}" for method in ("coral", "sstca") for seed in (0, 1)
+    ]
+    refused = transfer("plan", "method=coral,kpca", "method.ridge=2")
+    assert refused.code == 2 and "there is no key 'method.ridge' in method 'kpca'" in refused.err
+
+
 def test_a_sweep_over_experiments_takes_keys_of_their_methods(transfer: Transfer) -> None:
     """Hydra holds them against the default's method, which is another."""
     keys = ["method.mode=scratch", "method.hyper_posterior=map", "subset.target_classes=null", "threads=1"]

@@ -385,7 +385,8 @@ def test_names_of_a_file_and_a_folder_are_not_mixed_up(root: Path, tmp_path: Pat
 
 def test_validators_are_ranked_where_asked(root: Path, tmp_path: Path) -> None:
     assert "Validators, classification" not in write(root, tmp_path / "report.html")
-    assert "Validators, classification" in write(root, tmp_path / "report.html", "--validators")
+    for more in ([], ["--select", "im"]):
+        assert "Validators, classification" in write(root, tmp_path / "report.html", "--validators", *more)
 
 
 def test_reports_need_no_torch_and_numpy_only_for_pages() -> None:
