@@ -222,6 +222,20 @@ def test_the_best_average_is_tested_on_averages_of_each_seed(tmp_path: Path) -> 
     assert best.comparisons[0].p == pytest.approx(scipy.stats.ttest_rel(CLEAR, BASE).pvalue)
 
 
+def test_no_average_is_best_where_another_has_no_seed_on_every_pair(tmp_path: Path) -> None:
+    write_seeds(tmp_path, "dann", [0.80, 0.81, 0.82, 0.83])
+    write_seeds(tmp_path, "dann", [0.80, 0.82, 0.81, 0.83], pair=OTHER)
+    write_seeds(tmp_path, "mcd", [0.70, 0.71, 0.73, 0.72])
+    write_seeds(tmp_path, "mcd", [0.70, 0.71, 0.72, 0.73], pair=OTHER)
+    table = table_of(tmp_path)
+    assert table.supports(next(r for r in table.rows if r.method == "dann"), None)
+    write_run(tmp_path / "one", 0.95, method="cdan", seed=0)
+    write_run(tmp_path / "two", 0.95, method="cdan", seed=1, pair=OTHER)
+    table = table_of(tmp_path)
+    assert max(table.average, key=lambda row: table.average[row]).method == "cdan"
+    assert not any(table.supports(row, None) for row in table.rows), "dann is not the best, and cdan has no test"
+
+
 def test_errors_of_several_pairs_have_ranks_and_no_average(tmp_path: Path) -> None:
     for method, errors in (("source_only", (0.5, 20.0)), ("gp", (0.3, 30.0))):
         for pair, error in zip((("a", "b"), ("c", "d")), errors, strict=True):
