@@ -498,7 +498,7 @@ def test_latex_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     check_latex(out, tmp_path)
     assert r"\textbf{90.2 $\pm$ 1.3 (4)}" in out
-    assert r"a\_b \& c $\to$ 50\%\{x\}" in out
+    assert r" & a\_b \& c" in out and r" & $\to$ 50\%\{x\}" in out  # two lines: a column as wide as its figures
     assert r"\texttt{selection=im}" in out and r"\texttt{target\_labels=0}" in out  # the rule and the budget
     assert "p \\textless{} 0.05" in out and "Holm" in out
     assert r"$\downarrow$ worse than source\_only with the same settings" in out
