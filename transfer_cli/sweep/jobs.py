@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ Components = Mapping[str, Component]
 @dataclass(frozen=True)
 class Job:
     """`words`: what `transfer run` would be given. `state`: that of the run's folder (`RunFolder.state`); `refused` where the
-    configuration is wrong, and `error` says why, as it does where the run failed. A refused job has no folder."""
+    configuration is wrong, and `error` says why, as it does where the run failed. A refused job has no folder. `stack`: the folders
+    of all its seeds, where they are trained together."""
 
     words: tuple[str, ...]
     state: str
@@ -42,6 +44,7 @@ class Job:
     folder: RunFolder | None = None
     config: Config | None = None
     components: Components | None = None
+    stack: tuple[RunFolder, ...] = ()
 
     def is_to_run(self) -> bool:
         """Whether `transfer run` would do something: an unfinished run, or whatever it is told to do again."""
@@ -137,6 +140,7 @@ def jobs_of(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader) 
                 if job not in found:
                     found[job] = look.at(of_job[number], job)
     _refuse_another_sweep(found.values(), sweep)
+    _refuse_stacks_that_overlap(found.values())
     return list(found.values())
 
 
@@ -225,7 +229,8 @@ class Look:
                 self._check_data(folder, config, components)
             elif state == "failed":
                 error = str(read_object(folder.status).get("error"))
-            return Job(shown, state, error, folder, config, components)
+            stack = tuple(folders) if config.seeds_together > 1 else ()
+            return Job(shown, state, error, folder, config, components, stack)
         except TransferError as problem:
             return Job(shown, "refused", str(problem))
 
@@ -247,6 +252,14 @@ def _refuse_another_sweep(jobs: Any, sweep: Sweep) -> None:
     for job in jobs:
         if job.config is not None and job.config.sweep.kind not in ("grid", sweep.kind):
             raise TransferError("an experiment that sets sweep= cannot be swept over itself: name one experiment.")
+
+
+def _refuse_stacks_that_overlap(jobs: Iterable[Job]) -> None:
+    for folder, times in Counter(folder for job in jobs for folder in job.stack).items():
+        if times > 1:
+            raise TransferError(
+                f"{folder.path.name} would be in {times} stacks of seeds_together: sweep seed in strides of it (seed=0,8)."
+            )
 
 
 def launch(jobs: Sequence[Job], config: DictConfig, task: Any, launcher: Launcher, batch_size: int | None) -> list[Any]:
