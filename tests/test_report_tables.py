@@ -222,6 +222,25 @@ def test_the_best_average_is_tested_on_averages_of_each_seed(tmp_path: Path) -> 
     assert best.comparisons[0].p == pytest.approx(scipy.stats.ttest_rel(CLEAR, BASE).pvalue)
 
 
+def test_a_chosen_table_compares_with_a_baseline_of_other_hyperparameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says so."""
+    for method, rate, score, accuracy in (
+        ("source_only", 0.1, 1.0, 0.9), ("source_only", 0.01, 2.0, 0.8), ("dann", 0.1, 2.0, 0.7), ("dann", 0.01, 1.0, 0.95)
+    ):  # fmt: skip
+        run = write_run(tmp_path / f"{method}{rate}", accuracy, method=method, config={"optimizer.lr": rate})
+        write_looks(run, [{"im": score}], [accuracy])
+    for more, said in (
+        ([], "the same settings, by"),
+        (["--select", "im"], "the same settings, hyper-parameters apart, by"),
+    ):
+        report.main([str(tmp_path), *more])
+        shown = capsys.readouterr().out
+        assert f"↓ worse than source_only with {said} this figure" in shown
+        assert "70.0 (1) ↓" in shown
+
+
 def test_no_average_is_best_where_another_has_no_seed_on_every_pair(tmp_path: Path) -> None:
     write_seeds(tmp_path, "dann", [0.80, 0.81, 0.82, 0.83])
     write_seeds(tmp_path, "dann", [0.80, 0.82, 0.81, 0.83], pair=OTHER)
