@@ -438,7 +438,10 @@ def test_regret_and_correlation_by_hand(tmp_path: Path) -> None:
     assert found["snd"].points.regrets == pytest.approx([0])
     assert sorted(found["last"].checkpoints.regrets) == pytest.approx([0, 0, 10, 10])
     assert sorted(found["random"].checkpoints.regrets) == pytest.approx([65 - 175 / 3] * 2 + [10, 10])
-    assert [ranked.name for ranked in ranking.ranked] == ["snd", "im", "last", "random"]
+    assert (
+        found["random"].points.regrets == pytest.approx([90 - (80 + 175 / 3) / 2]) and not found["last"].points.regrets
+    )
+    assert [ranked.name for ranked in ranking.ranked] == ["snd", "random", "im", "last"]
 
 
 def test_regret_in_regression_is_relative(tmp_path: Path) -> None:

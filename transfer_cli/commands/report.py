@@ -88,5 +88,5 @@ def _html(records: Sequence[Record], arguments: argparse.Namespace) -> int:
     rankings = rank_validators(records) if arguments.validators else []
     made = write_html(aggregate(records, arguments.select), records, arguments.html, arguments.map, rankings)
     page = arguments.html if is_file(arguments.html) else arguments.html / "index.html"
-    print(f"{page}  {len(records):,} runs, the pages of {made:,} made now")
+    print(f"{page}  {len(records):,} run{'s' * (len(records) != 1)}, the pages of {made:,} made now")
     return 0

@@ -273,7 +273,7 @@ def launch(jobs: Sequence[Job], config: DictConfig, task: Any, launcher: Launche
     before = sum(job.state == "finished" and not job.is_to_run() for job in jobs)
     if config.sweep.kind == "random" or before:
         known = f", {before} finished before" if before else ""
-        print(f"a sweep of {len(jobs)} runs{known}: transfer plan tells more", flush=True)
+        print(f"a sweep of {len(jobs)} run{'s' * (len(jobs) != 1)}{known}: transfer plan tells more", flush=True)
     for job in jobs:
         if job.state == "failed" and not job.is_to_run():
             task.failed_elsewhere(f"failed before: {job.error} (--retry-failed tries again)", " ".join(job.words))
@@ -284,5 +284,7 @@ def launch(jobs: Sequence[Job], config: DictConfig, task: Any, launcher: Launche
             returns.append(returned)
             if returned.status == JobStatus.FAILED:  # in a process of its own
                 task.failed_elsewhere(str(returned._return_value), " ".join(overrides))
-    print(f"{len(jobs)} runs: {len(jobs) - len(task.errors)} finished, {len(task.errors)} failed")
+    print(
+        f"{len(jobs)} run{'s' * (len(jobs) != 1)}: {len(jobs) - len(task.errors)} finished, {len(task.errors)} failed"
+    )
     return returns
