@@ -1,11 +1,11 @@
 """Uncertainty of transfer on few labels: Gaussian processes, a head with a source's prior, calibration under a shift, real pairs.
 
-    python benchmarks/uncertainty.py OUTPUTS [processes] [classification] [real] [sequences] [priors] > table.md
+    python benchmarks/uncertainty.py OUTPUTS [processes] [classification] [strangers] [real] [sequences] [priors] > table.md
 
-Every figure is the mean over ten values of `data_seed` (of `seed` too where a network is trained; five for the real pairs, three
-for sequences and priors) with its standard error. RMSE, CRPS and widths are in standard deviations of the target test labels,
-those of Friedman's functions in their own unit. Finished runs are found again, so a second start prints the tables. `real` and
-`sequences` read the data folder, the others need none.
+Every figure is the mean over ten values of `data_seed` (of `seed` too where a network is trained; five for strangers and the real
+pairs, three for sequences and priors) with its standard error. RMSE, CRPS and widths are in standard deviations of the target test
+labels, those of Friedman's functions in their own unit. Finished runs are found again, so a second start prints the tables.
+`strangers`, `real` and `sequences` read the data folder, the others need none.
 """
 
 from __future__ import annotations
@@ -143,24 +143,31 @@ def classes(low: int, high: int) -> str:
     return "[" + ",".join(f"'{c}'" for c in range(low, high)) + "]"
 
 
-def classification(outputs: Path) -> None:
-    digits = ("source=digits", "target=digits")
+DIGITS = ("source=digits", "target=digits")
+
+
+def new_digits(outputs: Path, seed: int) -> tuple[str, ...]:
+    """Ten labels a class of 5-9, on the frozen network that learnt 0-4; it is trained where it is not there."""
+    seeds = (f"seed={seed}", f"data_seed={seed}")
     known = (f"subset.source_classes={classes(0, 5)}", f"subset.target_classes={classes(0, 5)}", "trainer.steps=600")
     new = (f"subset.source_classes={classes(0, 5)}", f"subset.target_classes={classes(5, 10)}", "label_space=separate")
+    transfer(outputs, *DIGITS, "method=source_only", *known, *seeds)
+    trained = [
+        run for run in finished(outputs) if run.config["subset"]["source_classes"] and run.result["seed"] == seed
+    ]
+    network = next(run.folder for run in trained if run.result["method"] == "source_only")
+    return (*DIGITS, *new, "target_labels=10", f"backbone.weights={network}/checkpoints/best.pt", *seeds)
+
+
+def classification(outputs: Path) -> None:
     for seed in range(10):
-        seeds = (f"seed={seed}", f"data_seed={seed}")
-        transfer(outputs, *digits, "method=source_only", *known, *seeds)
-        trained = [
-            run for run in finished(outputs) if run.config["subset"]["source_classes"] and run.result["seed"] == seed
-        ]
-        network = next(run.folder for run in trained if run.result["method"] == "source_only")
-        weights = f"backbone.weights={network}/checkpoints/best.pt"
-        transfer(outputs, *digits, *new, "target_labels=10", "method=niw_lda,dirichlet_gp", weights, *seeds)
+        transfer(outputs, *new_digits(outputs, seed), "method=niw_lda,dirichlet_gp")
         turned = ("target.rotate=30", "method=source_only", "calibration_share=1", "trainer.steps=600")
-        transfer(outputs, *digits, *turned, "target_labels=5", "calibration=ts,ts_map,vector", *seeds)
+        seeds = (f"seed={seed}", f"data_seed={seed}")
+        transfer(outputs, *DIGITS, *turned, *seeds, "target_labels=5", "calibration=ts,ts_map,vector")
     print("\n## Classification, 50 target labels\n")
     print("| task | | accuracy | NLL | ECE |", "|---|---|---|---|---|", sep="\n")
-    runs = [run for run in finished(outputs) if run.result["target"] == "digits"]
+    runs = [run for run in finished(outputs) if run.result["target"] == "digits" and not run.config["ood"]]
     for method in ("niw_lda", "dirichlet_gp"):
         row(
             "digits 0-4 → 5-9",
@@ -172,6 +179,23 @@ def classification(outputs: Path) -> None:
     row(task, "source_only", [result["calibration"]["before"]["target_test"] for result in by_kind["ts"]])
     for kind, results in by_kind.items():
         row(task, f"source_only calibration={kind}", [result["metrics"]["target_test"] for result in results])
+
+
+def strangers(outputs: Path) -> None:
+    """Photographs, shrunk and grey, among digits."""
+    methods = ("no_adaptation", "bayes_head", "niw_lda", "dirichlet_gp")
+    for seed in range(5):
+        transfer(outputs, *new_digits(outputs, seed), f"method={','.join(methods)}", "ood=cifar10_jpg")
+    print("\n## Strangers (CIFAR-10) among digits 5-9, 50 labels\n")
+    print("| | accuracy | AUROC | accepted where 95 % of digits are |", "|---|---|---|---|", sep="\n")
+    runs = [run.result for run in finished(outputs) if run.config["ood"]]
+    for method in methods:
+        metrics = [r["metrics"] for r in runs if r["method"] == method]
+        figures = [
+            [m["target_test"]["accuracy"] for m in metrics],
+            *([m["ood"][k] for m in metrics] for k in ("auroc", "fpr95")),
+        ]
+        print(f"| `{method}` | {' | '.join(told(values) for values in figures)} |")
 
 
 def row(task: str, what: str, metrics: Sequence[dict[str, float]]) -> None:
@@ -251,6 +275,7 @@ def table(title: str, runs: Sequence[Run], target: str, methods: Sequence[str]) 
 SECTIONS = {
     "processes": processes,
     "classification": classification,
+    "strangers": strangers,
     "real": real,
     "sequences": sequences,
     "priors": priors,

@@ -302,6 +302,7 @@ def test_predict_takes_a_data_set_of_ones_own_and_says_what_it_cannot_do(transfe
         ([run, "--dataset", "digits", "nn=3"], "no key 'target.nn'"),
         ([run, "--dataset", "digits", "extra"], "'extra' is not key=value; the run's folder comes before --dataset"),
         ([run, "nowhere.png"], "there is no image nowhere.png"),
+        ([run, "--dataset", "digits", "--draws", "2"], "only gp draws functions"),
         ([run, "--dataset", "digits", "--output", "no/such/folder.csv"], "--output no/such/folder.csv: No such file"),
     ):
         outcome = transfer("predict", *arguments)
@@ -319,6 +320,20 @@ def test_what_is_of_the_whole_sweep_stays_one_value_over_experiments() -> None:
     of_the_sweep = ["-m", "experiment=a,b", "hydra.launcher.jobs=2", "sweep.n=3", "seed=0,1"]
     given = [*of_the_sweep, "method.weight=1"]
     assert hydra_glue._keys_of_each_job(given) == [*of_the_sweep, "method.weight=choice(1)"]
+
+
+def test_several_methods_share_a_key_that_the_default_method_has_not(transfer: Transfer) -> None:
+    sweep = ["method=coral,sstca", "method.ridge=2", "seed=0,1"]
+    assert hydra_glue._keys_of_each_job([*sweep, "optimizer.lr=1"])[1:] == [
+        "method.ridge=choice(2)",
+        "seed=0,1",
+        "optimizer.lr=1",
+    ]
+    assert [line for line in transfer("plan", *sweep, "--runs").out.splitlines() if line.startswith("new")] == [
+        f"new         method={method} method.ridge=2 seed={seed}" for method in ("coral", "sstca") for seed in (0, 1)
+    ]
+    refused = transfer("plan", "method=coral,kpca", "method.ridge=2")
+    assert refused.code == 2 and "there is no key 'method.ridge' in method 'kpca'" in refused.err
 
 
 def test_a_sweep_over_experiments_takes_keys_of_their_methods(transfer: Transfer) -> None:

@@ -101,6 +101,9 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         compare.main([str(a), str(unfinished(tmp_path / "c", "failed"))])
     with pytest.raises(TransferError, match=r"predictions\.npz is missing or damaged"):
         compare.main([str(a), str(write_run(tmp_path / "d", seed=1))])
+    (tmp_path / "d" / "predictions.npz").write_bytes(b"PK cut off")
+    with pytest.raises(TransferError, match=r"predictions\.npz is missing or damaged"):
+        compare.main([str(a), str(tmp_path / "d")])
 
 
 def test_show_a_finished_run(

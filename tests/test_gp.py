@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -376,6 +377,26 @@ def test_draws_are_antithetic_within_bounds_and_of_the_right_spread() -> None:
     close(found.draws(1), found.mode[None])
     narrow = replace(found, prior=replace(prior, lower=found.mode - 0.1, upper=found.mode + 0.1))
     assert float((narrow.draws(50) - found.mode).abs().max()) <= 0.1 + 1e-12
+
+
+def test_a_search_ends_where_an_optimum_is_known_and_finds_the_better_of_two() -> None:
+    prior, calls = Prior.of([(0.0, 10.0, -30, 30)] * 2, vector(0.0)), [0]
+
+    def two_wells(theta: Tensor) -> Tensor:
+        """About (-4, 0), and a deeper one about (12, 0)."""
+        calls[0] += 1
+        wells = torch.stack([vector(-4.0, 0.0), vector(12.0, 0.0)])
+        away = (theta - wells).square() * vector(1.0, 3.0)
+        return -torch.logsumexp(-away.sum(1) / 20 + vector(0.0, 3.0), 0) * 20
+
+    def found(*starts: Tensor) -> tuple[Tensor, int]:
+        calls[0] = 0
+        return maximum_a_posteriori(two_wells, prior, torch.stack(starts)), calls[0]
+
+    (once, alone), (twice, both) = found(vector(-9.0, 5.0)), found(vector(-9.0, 5.0), vector(-9.0, 5.0))
+    assert torch.equal(once, twice) and alone < both < 2 * alone - 2
+    close(found(vector(-9.0, 5.0), vector(18.0, -3.0))[0], found(vector(18.0, -3.0))[0], 1e-4)
+    assert float(found(vector(-9.0, 5.0), vector(18.0, -3.0))[0][0]) > 10 > -3 > float(once[0])
 
 
 def test_the_optimum_lies_within_bounds_and_steps_back_from_failures() -> None:
@@ -831,6 +852,18 @@ def test_a_run_states_its_verdict_and_can_be_evaluated_again(transfer: Transfer)
     result = json.loads((outcome.run / "result.json").read_text())
     assert line == _transfer_lines(result["fit"])[0]
     assert 0 < result["fit"]["transfer_weight"] <= 1 and "epistemic_share" in result["metrics"]["target_test"]
+    predict = ("predict", str(outcome.run), "--dataset", "diabetes", "domain=male", "--draws", "400")
+    drawn = list(csv.DictReader(transfer(*predict, "--batch-size", "7").out.splitlines()))
+    assert [row["sample"] for row in drawn] == [
+        row["sample"] for row in csv.DictReader(transfer(*predict).out.splitlines())
+    ]
+    values = torch.tensor([[float(row[f"draw{i}_0"]) for i in range(400)] for row in drawn])
+    mean, std, share = (
+        torch.tensor([float(row[f"{k}_0"]) for row in drawn]) for k in ("mean", "std", "epistemic_share")
+    )
+    off = (values.mean(1) - mean) / (std * share.sqrt())  # without noise
+    assert float(off.abs().max()) < 5 / 400**0.5
+    torch.testing.assert_close(values.std(1), std * share.sqrt(), rtol=0.2, atol=0)
     again = transfer("evaluate", str(outcome.run))
     assert again.code == 0 and "result.json agrees" in again.out, again.out + again.err
     assert Path(outcome.run / "figures").exists()

@@ -397,9 +397,27 @@ def test_names_of_a_file_and_a_folder_are_not_mixed_up(root: Path, tmp_path: Pat
             write(root, tmp_path / name)
 
 
+def test_a_choice_leaves_the_names_of_all_runs_in_the_list(tmp_path: Path) -> None:
+    for seed, weight, angle in ((0, 1.0, 0), (0, 2.0, 0), (1, 1.0, 20), (1, 2.0, 20)):
+        path = write_run(tmp_path / "runs" / f"{weight}-{angle}", "dann", seed, skill=weight)
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        config["method"]["weight"], config["target"]["rotate"] = weight, angle
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+    plain, chosen = (
+        data_of(write(tmp_path / "runs", tmp_path / "report.html", *more))["runs"] for more in ([], ["--select", "im"])
+    )
+    for key in ("pair", "told"):
+        assert [run[key] for run in chosen] == [run[key] for run in plain]
+    assert {(run["told"], run["pair"][1]) for run in chosen} == {
+        (f"method.weight={w}", f"art rotate={r}") for w in (1, 2) for r in (0, 20)
+    }
+    assert [run["cell"] is None for run in chosen].count(True) == 2, "those that were not chosen are in no table"
+
+
 def test_validators_are_ranked_where_asked(root: Path, tmp_path: Path) -> None:
     assert "Validators, classification" not in write(root, tmp_path / "report.html")
-    assert "Validators, classification" in write(root, tmp_path / "report.html", "--validators")
+    for more in ([], ["--select", "im"]):
+        assert "Validators, classification" in write(root, tmp_path / "report.html", "--validators", *more)
 
 
 def test_reports_need_no_torch_and_numpy_only_for_pages() -> None:
@@ -549,7 +567,7 @@ def test_the_theme_follows_the_system_and_the_switch(open_page: Any) -> None:
     switch.click()
     assert switch.inner_text() == "Theme: dark" and page.evaluate(background) == "rgb(20, 23, 28)"
     page.reload()
-    assert page.locator("#theme").inner_text() == "Theme: dark", "it is remembered"
+    expect(page.locator("#theme")).to_have_text("Theme: dark")  # it is remembered
     page.emulate_media(media="print")
     assert page.evaluate(background) == "rgb(255, 255, 255)" and page.locator("#filters").is_hidden()
     assert page.locator("table.results thead th").nth(1).inner_text().startswith("photo → art")

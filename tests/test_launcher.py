@@ -40,8 +40,14 @@ from transfer_cli.methods.adversarial.dann import DANN
 class Odd(DANN):
     """Kills itself with signal `number`, or takes its time over each step."""
 
-    def __init__(self, context, *, number: int = 0, seconds: float = 0.0) -> None:
+    def __init__(self, context, *, number: int = 0, seconds: float = 0.0, built: str = "well") -> None:
         super().__init__(context)
+        if built == "never":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if built == "badly":
+            raise RuntimeError("cannot be built")
+        if built == "wrongly":
+            raise ValueError("built takes another word")
         self.number, self.seconds = number, seconds
 
     def losses(self, batch, progress):
@@ -58,7 +64,7 @@ def plugin(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(METHODS)
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "odd.yaml").write_text(
-        "name: odd\nimplementation: odd:Odd\nnumber: 0\nseconds: 0.0\n"
+        "name: odd\nimplementation: odd:Odd\nnumber: 0\nseconds: 0.0\nbuilt: well\n"
     )
 
 
@@ -96,6 +102,25 @@ def test_a_job_that_dies_costs_itself_alone(tmp_path: Path, transfer: Transfer) 
     again = transfer("run", *sweep)
     assert again.code == 2 and again.err.count("failed before: killed by signal") == 2
     assert "1 finished before" in again.out and "--retry-failed" in again.err
+
+
+@pytest.mark.parametrize(
+    ("how", "more"), [("apart", ["jobs=2"]), ("one after another", []), ("together", ["seeds_together=2"])]
+)
+def test_what_breaks_before_the_first_step_is_a_failed_cell(
+    tmp_path: Path, transfer: Transfer, how: str, more: list[str]
+) -> None:
+    """Bad input leaves nothing."""
+    words = "badly,wrongly,well" + ",never" * (how == "apart")
+    sweep = ["-m", *SMALL, "plugins=[odd]", "method=odd", "trainer.steps=2", f"method.built={words}", *more]
+    outcome = transfer("run", *sweep)
+    assert outcome.code == 2 and "1 finished" in outcome.out, outcome.err
+    told = transfer("report").out
+    assert "odd method.built=badly" in told and "RuntimeError: cannot be built" in told
+    assert ("odd method.built=never" in told and "killed by signal SIGKILL" in told) == (how == "apart")
+    assert "wrongly" not in told and "another word" not in told
+    again = transfer("run", *sweep)
+    assert "failed before: RuntimeError: cannot be built" in again.err
 
 
 def test_a_job_is_the_run_that_it_would_be_alone(tmp_path: Path, transfer: Transfer) -> None:
@@ -160,6 +185,22 @@ def test_no_job_outlives_a_launcher_that_was_killed(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
     assert all("stopped and saved" in p.read_text() for p in tmp_path.rglob("run.log"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes in /proc")
+def test_the_process_that_jobs_are_forked_from_is_deaf_to_the_signals_of_the_group() -> None:
+    """Or Ctrl-C while it imports, and SIGTERM at any time, would end it under the launcher's feet."""
+    code = """
+from multiprocessing import forkserver
+from pathlib import Path
+from transfer_cli.launcher.job import HELD
+from transfer_cli.launcher.local import start_server
+
+start_server(1)
+(line,) = [l for l in Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").open() if l.startswith("SigBlk")]
+assert all(int(line.split()[1], 16) >> (number - 1) & 1 for number in HELD), line
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.slow

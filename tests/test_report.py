@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from transfer_cli.commands import report
+from transfer_cli.commands import report, show
 from transfer_cli.errors import TransferError
 from transfer_cli.report.closing import result_lines
 from transfer_cli.report.figures import draw_figures
@@ -307,7 +307,7 @@ dann (oracle)   95.0 (1)
 (oracle): target test labels chose the checkpoint, so these are upper bounds, not results
 
 failed (retry_failed=true runs them again)
-  outputs/runs/synth_digits-digits/adda-seed0-ffffffff  result.json is missing or damaged
+  outputs/runs/synth_digits-digits/adda-seed0-ffffffff  result.json is missing or damaged: force=true runs it again
   outputs/runs/synth_digits-digits/coral-seed0-dddddddd  the loss term 'supervised' became nan | step 3
 
 unfinished (the same command goes on with an interrupted run)
@@ -336,6 +336,37 @@ def test_csv(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "dann,,false,synth_digits,digits,accuracy_percent,91.0,1.4142135623730951,2,0 1,0 0,,,,false,false,1,0,0",
         "dann,,true,synth_digits,digits,accuracy_percent,95.0,,1,0,0,,,,false,false,0,0,0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("result.json", {"schema_version": 1}, "it lacks figures"),
+        ("result.json", [], "missing or damaged"),
+        ("result.json", result_of("classification") | {"selection": None}, "it lacks figures"),
+        ("result.json", result_of("classification") | {"selection": {"step": 1}}, "it lacks candidates, uses_target"),
+        (
+            "result.json",
+            result_of("classification") | {"metrics": {"target_test": {"accuracy": None}}},
+            "lacks figures",
+        ),
+        ("status.json", "x", "adda-seed0-ffffffff  new"),
+        ("manifest.json", 3, "91.0"),
+        ("validators.json", {"scores": 5}, "91.0"),
+    ],
+)
+def test_a_damaged_run_takes_no_other_with_it(
+    runs: Path, capsys: pytest.CaptureFixture[str], name: str, content: Any, said: str
+) -> None:
+    damaged = runs / "adda-seed0-ffffffff"
+    write_json(damaged / "result.json", result_of("classification"))
+    write_json(damaged / name, content)
+    report.main([])
+    shown = capsys.readouterr().out
+    assert said in shown and "91.0 ± 1.4 (2)" in shown
+    for arguments in (["--html", str(runs / "page.html")], ["--select", "oracle"], ["--format", "json"]):
+        assert report.main(arguments) == 0
+    assert show.main([str(damaged)]) == 0
 
 
 def test_a_run_named_twice_counts_once(runs: Path) -> None:

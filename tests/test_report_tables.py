@@ -222,6 +222,39 @@ def test_the_best_average_is_tested_on_averages_of_each_seed(tmp_path: Path) -> 
     assert best.comparisons[0].p == pytest.approx(scipy.stats.ttest_rel(CLEAR, BASE).pvalue)
 
 
+def test_a_chosen_table_compares_with_a_baseline_of_other_hyperparameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says so."""
+    for method, rate, score, accuracy in (
+        ("source_only", 0.1, 1.0, 0.9), ("source_only", 0.01, 2.0, 0.8), ("dann", 0.1, 2.0, 0.7), ("dann", 0.01, 1.0, 0.95)
+    ):  # fmt: skip
+        run = write_run(tmp_path / f"{method}{rate}", accuracy, method=method, config={"optimizer.lr": rate})
+        write_looks(run, [{"im": score}], [accuracy])
+    for more, said in (
+        ([], "the same settings, by"),
+        (["--select", "im"], "the same settings, hyper-parameters apart, by"),
+    ):
+        report.main([str(tmp_path), *more])
+        shown = capsys.readouterr().out
+        assert f"↓ worse than source_only with {said} this figure" in shown
+        assert "70.0 (1) ↓" in shown
+
+
+def test_no_average_is_best_where_another_has_no_seed_on_every_pair(tmp_path: Path) -> None:
+    write_seeds(tmp_path, "dann", [0.80, 0.81, 0.82, 0.83])
+    write_seeds(tmp_path, "dann", [0.80, 0.82, 0.81, 0.83], pair=OTHER)
+    write_seeds(tmp_path, "mcd", [0.70, 0.71, 0.73, 0.72])
+    write_seeds(tmp_path, "mcd", [0.70, 0.71, 0.72, 0.73], pair=OTHER)
+    table = table_of(tmp_path)
+    assert table.supports(next(r for r in table.rows if r.method == "dann"), None)
+    write_run(tmp_path / "one", 0.95, method="cdan", seed=0)
+    write_run(tmp_path / "two", 0.95, method="cdan", seed=1, pair=OTHER)
+    table = table_of(tmp_path)
+    assert max(table.average, key=lambda row: table.average[row]).method == "cdan"
+    assert not any(table.supports(row, None) for row in table.rows), "dann is not the best, and cdan has no test"
+
+
 def test_errors_of_several_pairs_have_ranks_and_no_average(tmp_path: Path) -> None:
     for method, errors in (("source_only", (0.5, 20.0)), ("gp", (0.3, 30.0))):
         for pair, error in zip((("a", "b"), ("c", "d")), errors, strict=True):
@@ -405,7 +438,10 @@ def test_regret_and_correlation_by_hand(tmp_path: Path) -> None:
     assert found["snd"].points.regrets == pytest.approx([0])
     assert sorted(found["last"].checkpoints.regrets) == pytest.approx([0, 0, 10, 10])
     assert sorted(found["random"].checkpoints.regrets) == pytest.approx([65 - 175 / 3] * 2 + [10, 10])
-    assert [ranked.name for ranked in ranking.ranked] == ["snd", "im", "last", "random"]
+    assert (
+        found["random"].points.regrets == pytest.approx([90 - (80 + 175 / 3) / 2]) and not found["last"].points.regrets
+    )
+    assert [ranked.name for ranked in ranking.ranked] == ["snd", "random", "im", "last"]
 
 
 def test_regret_in_regression_is_relative(tmp_path: Path) -> None:
@@ -484,7 +520,7 @@ def test_latex_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     check_latex(out, tmp_path)
     assert r"\textbf{90.2 $\pm$ 1.3 (4)}" in out
-    assert r"a\_b \& c $\to$ 50\%\{x\}" in out
+    assert r" & a\_b \& c" in out and r" & $\to$ 50\%\{x\}" in out  # two lines: a column as wide as its figures
     assert r"\texttt{selection=im}" in out and r"\texttt{target\_labels=0}" in out  # the rule and the budget
     assert "p \\textless{} 0.05" in out and "Holm" in out
     assert r"$\downarrow$ worse than source\_only with the same settings" in out

@@ -108,6 +108,17 @@ def test_each_run_of_a_sweep_has_a_sink_of_its_own(transfer: Transfer) -> None:
         check(run)
 
 
+def test_each_seed_of_a_stack_has_a_sink_of_its_own(transfer: Transfer) -> None:
+    words = ["seeds_together=2", *SMALL, "method=source_only", "trainer.steps=6", "trainer.eval_every=3"]
+    assert transfer("run", *words, *SINK).code == 0
+    found = [p.parent.resolve() for p in Path("outputs").rglob("heard.jsonl")]
+    assert len(found) == 2
+    for run in found:
+        check(run)
+    wrong = transfer("run", *words, "sinks=[tensorbord]")
+    assert wrong.code == 2 and "Did you mean 'tensorboard'?" in wrong.err
+
+
 def test_a_sink_that_fails_warns_once_and_the_run_goes_on(transfer: Transfer) -> None:
     broken = ["plugins=[heard]", "sinks=[heard:Shut,heard:Torn,heard:Heard]"]
     outcome = transfer("run", *CHOSEN, *broken)

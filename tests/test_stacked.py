@@ -28,6 +28,7 @@ from transfer_cli.loops import stacked
 from transfer_cli.loops.console import Console, SeedConsole
 from transfer_cli.loops.interrupt import Interrupt
 from transfer_cli.loops.session import Session, make_session, run_phases
+from transfer_cli.loops.stack import stack_trees
 from transfer_cli.loops.stacked import check_stackable, run_together
 from transfer_cli.run_folder import RunFolder
 
@@ -249,7 +250,7 @@ def test_stacked_and_single_runs_go_on_from_one_another(
 def test_a_seed_that_fails_costs_only_itself(
     transfer: Transfer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    stack = stacked._stacked
+    stack = stack_trees
 
     def poisoned(parts: Sequence[Any]) -> Any:
         whole = stack(parts)
@@ -257,7 +258,7 @@ def test_a_seed_that_fails_costs_only_itself(
             whole["source"][0][1].fill_(math.nan)
         return whole
 
-    monkeypatch.setattr(stacked, "_stacked", poisoned)
+    monkeypatch.setattr(stacked, "stack_trees", poisoned)
     monkeypatch.setattr(stacked, "CHECKED", 0)
     outcome = transfer("run", *SHORT, "seeds_together=3", "trainer.eval_every=12", "outputs=a")
     assert outcome.code == 2 and "1 of 3 seeds failed. seed 1:" in outcome.err and "became nan" in outcome.err

@@ -326,6 +326,14 @@ def test_a_sweep_killed_twice_and_typed_again_loses_nothing(tmp_path: Path, tran
     assert len(results()) == total and finished.items() <= results().items()
 
 
+def test_a_seed_is_in_one_stack(transfer: Transfer) -> None:
+    words = ["experiment=smoke", "method=source_only", "seeds_together=8"]
+    refused = transfer("plan", *words, "seed=0,1")
+    assert refused.code == 2 and "source_only-seed1-" in refused.err and "in strides" in refused.err
+    assert transfer("plan", *words, "seed=0,8").code == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries below an old Optuna
 def test_optuna_says_what_it_needs_or_searches(transfer: Transfer, tmp_path: Path) -> None:
     sweep = ["-m", *FAST[:-1], "method=coral", "sweep=optuna", "n=3"]
     try:

@@ -87,6 +87,18 @@ def test_two_runs_say_nothing_of_which_is_right(transfer: Transfer) -> None:
     assert not any((run / "validators.json").exists() for run in runs)
 
 
+def test_samples_of_one_name_in_other_data_are_others(transfer: Transfer) -> None:
+    near = [run_of(transfer, f"method={method}") for method in ("coral", "no_adaptation", "mean_match")]
+    far = run_of(transfer, "method=coral", "target.angle=60")
+    said = transfer("validate", "--validators", "agreement").out
+    assert "3 runs, from" in said and "has 1 runs on the same samples" in said
+    assert kept(near[0])["details"]["agreement"] == {"runs": 3} and not (far / "validators.json").exists()
+    (near[0] / "predictions.npz").write_bytes(b"PK cut off")
+    more = run_of(transfer, "method=pca", "method.components=1")
+    said = transfer("validate", "--validators", "agreement").out
+    assert "left out" in said and "damaged" in said and kept(more)["details"]["agreement"] == {"runs": 3}
+
+
 def test_the_reverse_problem_is_what_it_says(transfer: Transfer) -> None:
     run = run_of(transfer, "method=coral")
     folder, config = load_run(str(run))

@@ -41,7 +41,7 @@ from transfer_cli.methods.base import Context, FeatureOptions, Method
 from transfer_cli.methods.bayes.artefact import SourcePosterior
 from transfer_cli.methods.chain import Chain
 from transfer_cli.registry import Component
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_object
 
 Components = Mapping[str, Component]
 
@@ -289,7 +289,7 @@ def rebuild_model(
     kept = read_checkpoint(path)
     if kept is None:
         raise TransferError(f"{path} is missing or not whole: force=true runs the experiment again.")
-    identity = (read_json(folder.manifest) or {}).get("identity")
+    identity = read_object(folder.manifest).get("identity")
     if kept["identity"] != identity:
         raise TransferError(f"{path} belongs to another configuration ({kept['identity']}, not {identity}).")
     shape = TaskShape.restore(kept["task"])

@@ -22,7 +22,7 @@ from transfer_cli.loops.interrupt import Interrupt
 from transfer_cli.loops.session import make_session, run_phases
 from transfer_cli.report.closing import result_lines
 from transfer_cli.report.figures import draw_figures
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_json, read_object
 from transfer_cli.sinks import Sinks, check_sinks
 
 
@@ -47,30 +47,29 @@ def run(config: Config, command: Sequence[str] = ()) -> RunFolder:
         if not is_to_do(folder, config, fingerprints, device, console):
             return folder
         reproducible(device)
-        use_threads((read_json(folder.manifest) or {}).get("threads") or config.threads)
+        use_threads(read_object(folder.manifest).get("threads") or config.threads)
+        with outputs.begun(folder, config, components, identity, fingerprints, device, command):
+            # the domains, the task they pose, the method on its backbone; features instead of inputs, if that is never trained
+            problem = pose_problem(config, components, fingerprints)
+            method = build_method(
+                config,
+                components,
+                problem.task.shape,
+                device,
+                training_labels(problem.task),
+                sizes=labelled_sizes(problem.task),
+            )
+            for line in opening_lines(config, components, problem, method, device):
+                console.say(line)
+            problem = extract_features(problem, method, config, components, device, console)
+            evaluator = make_evaluator(config, problem.task, problem.heldout, device)
+            loaded = time.perf_counter() - began
 
-        # the domains, the task they pose, the method on its backbone; features instead of inputs, if that is never trained
-        problem = pose_problem(config, components, fingerprints)
-        method = build_method(
-            config,
-            components,
-            problem.task.shape,
-            device,
-            training_labels(problem.task),
-            sizes=labelled_sizes(problem.task),
-        )
-        for line in opening_lines(config, components, problem, method, device):
-            console.say(line)
-        problem = extract_features(problem, method, config, components, device, console)
-        evaluator = make_evaluator(config, problem.task, problem.heldout, device)
-        loaded = time.perf_counter() - began
+            interrupt = Interrupt()
+            session = make_session(
+                config, components, problem.task, method, evaluator, folder, identity, device, console, interrupt
+            )
 
-        interrupt = Interrupt()
-        session = make_session(
-            config, components, problem.task, method, evaluator, folder, identity, device, console, interrupt
-        )
-
-        outputs.prepare(folder, config, components, identity, fingerprints, device, command)
         console.log_to(folder.log)
         sinks, state = Sinks(config, folder, device, console.say), "interrupted"
         session.metrics.listeners.append(sinks.write)
@@ -120,7 +119,7 @@ def is_to_do(
     Raises:
         TransferError: it failed, or stands on other ground.
     """
-    status = read_json(folder.status) or {}
+    status = read_object(folder.status)
     state = status.get("state")
     if config.force:
         outputs.clear(folder)

@@ -9,7 +9,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transfer_cli.evaluation.calibrated import Calibrated
 from transfer_cli.evaluation.health import proxy_a_distance
 from transfer_cli.loops.checkpoints import serialise
 from transfer_cli.loops.session import Session
-from transfer_cli.run_folder import RESULT_SCHEMA, RunFolder, read_json, write_atomically, write_json
+from transfer_cli.run_folder import RESULT_SCHEMA, RunFolder, read_json, read_object, write_atomically, write_json
 
 LIBRARIES = ("torch", "torchvision", "hydra-core", "omegaconf", "gpytorch", "numpy", "scipy", "scikit-learn")
 
@@ -78,6 +79,25 @@ def prepare(
     folder.set_status("running")
 
 
+@contextmanager
+def begun(folder: RunFolder, *about: Any) -> Iterator[None]:
+    """`prepare`d with `about`, and inside data and model are built: a process that dies there leaves a run that tables show, and
+    what breaks there one that failed; bad input leaves what was there before."""
+    before = read_json(folder.status)
+    prepare(folder, *about)
+    try:
+        yield
+    except TransferError:
+        if before is None:
+            clear(folder)
+        else:
+            write_json(folder.status, before)
+        raise
+    except Exception as error:
+        folder.set_status("failed", error=f"{type(error).__name__}: {error}")
+        raise
+
+
 def clear(folder: RunFolder) -> None:
     """Everything but the lock."""
     for entry in folder.path.iterdir():
@@ -93,7 +113,7 @@ def check_same_ground(folder: RunFolder, fingerprints: dict[str, str], device: t
     Raises:
         TransferError: saying which changed.
     """
-    manifest = read_json(folder.manifest) or {}
+    manifest = read_object(folder.manifest)
     recorded = manifest.get("fingerprints", fingerprints)
     changed = [group for group in fingerprints if recorded.get(group) != fingerprints[group]]
     if changed:

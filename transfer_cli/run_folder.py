@@ -39,8 +39,7 @@ class RunFolder:
 
     def state(self) -> str:
         """`new`, `running` (a process holds it), `interrupted`, `finished` or `failed`."""
-        status = read_json(self.status) or {}
-        state = status.get("state", "new")
+        state = read_object(self.status).get("state", "new")
         if state == "running" and not self.is_locked():
             return "interrupted"
         return str(state)
@@ -83,7 +82,7 @@ class RunFolder:
                 if os.stat(self.path / "lock").st_ino != os.fstat(file.fileno()).st_ino:
                     raise FileNotFoundError("removed meanwhile by a process that found nothing to do")
             except OSError as error:
-                status = read_json(self.status) or {}
+                status = read_object(self.status)
                 raise TransferError(
                     f"this experiment is running in process {status.get('pid', '?')} on {status.get('host', '?')}: {self.path}"
                 ) from error
@@ -121,6 +120,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def _now() -> str:

@@ -24,10 +24,12 @@ from transfer_cli.loops.console import Console, SeedConsole
 from transfer_cli.loops.devices import choose_device, reproducible, use_threads
 from transfer_cli.loops.interrupt import Interrupt
 from transfer_cli.loops.session import Clock, Session, make_session
-from transfer_cli.loops.stacked import CannotStack, check_stackable, run_together
+from transfer_cli.loops.stack import CannotStack
+from transfer_cli.loops.stacked import check_stackable, run_together
 from transfer_cli.report.closing import result_lines, seed_lines
 from transfer_cli.report.figures import draw_figures
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_json, read_object
+from transfer_cli.sinks import Sinks, check_sinks
 
 
 def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
@@ -42,6 +44,7 @@ def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
 
     # what is asked for, and where its outcomes lie
     components = resolve_components(config)
+    check_sinks(config.sinks, config.plugins)
     identities = [identify(own, components) for own in configs]
     folders = [RunFolder(identity.folder(config.outputs)) for identity in identities]
     device = choose_device(config.device)
@@ -61,58 +64,57 @@ def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
                 errors[i] = error
         if todo:
             reproducible(device)
-            use_threads((read_json(folders[todo[0]].manifest) or {}).get("threads") or config.threads)
+            use_threads(read_object(folders[todo[0]].manifest).get("threads") or config.threads)
+            with ExitStack() as building:
+                for i in todo:
+                    own = replace(configs[i], seeds_together=len(todo))
+                    building.enter_context(
+                        outputs.begun(folders[i], own, components, identities[i], fingerprints, device, command)
+                    )
 
-            # the domains and the task they pose, and for each seed the method on its backbone
-            problem = pose_problem(config, components, fingerprints)
-            if components["method"].implementation.frozen_backbone:  # type: ignore[attr-defined]
-                raise CannotStack(
-                    f"method {components['method'].name} trains no backbone, so there is nothing to stack"
-                )
-            interrupt, sessions = Interrupt(), list[Session]()
-            for i in todo:
-                method = build_method(
-                    configs[i],
-                    components,
-                    problem.task.shape,
-                    device,
-                    training_labels(problem.task),
-                    sizes=labelled_sizes(problem.task),
-                )
-                evaluator = make_evaluator(configs[i], problem.task, problem.heldout, device)
-                session = make_session(
-                    configs[i],
-                    components,
-                    problem.task,
-                    method,
-                    evaluator,
-                    folders[i],
-                    identities[i],
-                    device,
-                    voices[i],
-                    interrupt,
-                )
-                check_stackable(session)
-                sessions.append(session)
+                # the domains and the task they pose, and for each seed the method on its backbone
+                problem = pose_problem(config, components, fingerprints)
+                if components["method"].implementation.frozen_backbone:  # type: ignore[attr-defined]
+                    raise CannotStack(
+                        f"method {components['method'].name} trains no backbone, so there is nothing to stack"
+                    )
+                interrupt, sessions = Interrupt(), list[Session]()
+                for i in todo:
+                    method = build_method(
+                        configs[i],
+                        components,
+                        problem.task.shape,
+                        device,
+                        training_labels(problem.task),
+                        sizes=labelled_sizes(problem.task),
+                    )
+                    evaluator = make_evaluator(configs[i], problem.task, problem.heldout, device)
+                    session = make_session(
+                        configs[i],
+                        components,
+                        problem.task,
+                        method,
+                        evaluator,
+                        folders[i],
+                        identities[i],
+                        device,
+                        voices[i],
+                        interrupt,
+                    )
+                    check_stackable(session)
+                    sessions.append(session)
             lines = opening_lines(config, components, problem, sessions[0].method, device)
             for n, line in enumerate(lines):
                 console.say(line if n else line.replace(f"seed {config.seed}", _seeds([configs[i].seed for i in todo])))
-            loaded = (time.perf_counter() - began) / len(todo)
+            loaded, sinks = (time.perf_counter() - began) / len(todo), list[Sinks]()
 
             for i, session in zip(todo, sessions, strict=True):
-                outputs.prepare(
-                    folders[i],
-                    replace(configs[i], seeds_together=len(todo)),
-                    components,
-                    identities[i],
-                    fingerprints,
-                    device,
-                    command,
-                )
                 for line in opening_lines(configs[i], components, problem, session.method, device):
                     voices[i].log(line)
                 voices[i].log_to(folders[i].log)
                 session.clock = Clock(1 / len(todo))
+                sinks.append(Sinks(configs[i], folders[i], device, console.say))
+                session.metrics.listeners.append(sinks[-1].write)
             try:
                 with interrupt.watching():
                     # the method's phases, of all seeds
@@ -126,7 +128,7 @@ def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
                         if i in errors:
                             continue
                         try:
-                            _finish(sessions[n], folders[i], configs[i], components, loaded, steps)
+                            _finish(sessions[n], folders[i], configs[i], components, sinks[n], loaded, steps)
                         except TransferError as error:
                             errors[i] = error
             except CannotStack:
@@ -136,13 +138,16 @@ def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
                 raise
             except Exception as error:
                 for i in todo:
-                    if (read_json(folders[i].status) or {}).get("state") != "finished":
+                    if read_object(folders[i].status).get("state") != "finished":
                         folders[i].set_status("failed", error=f"{type(error).__name__}: {error}")
                 raise
             finally:
                 console.stop()
-            for i in set(todo) & errors.keys():
-                folders[i].set_status("failed", error=str(errors[i]))
+                for n, i in enumerate(todo):
+                    if i in errors:
+                        folders[i].set_status("failed", error=str(errors[i]))
+                    state = read_object(folders[i].status).get("state")
+                    sinks[n].close(state if state in ("finished", "failed") else "interrupted")
         done = [folder for i, folder in enumerate(folders) if i not in errors]
         for line in seed_lines([(read_json(folder.result), folder.path) for folder in done]):
             console.say(line)
@@ -153,11 +158,18 @@ def run_seeds(config: Config, command: Sequence[str] = ()) -> list[RunFolder]:
 
 
 def _finish(
-    session: Session, folder: RunFolder, config: Config, components: Components, loaded: float, steps: int
+    session: Session,
+    folder: RunFolder,
+    config: Config,
+    components: Components,
+    sinks: Sinks,
+    loaded: float,
+    steps: int,
 ) -> None:
     session.load_best()
     model, found = calibrate(session.monitor.evaluator, session.method, config)
     result = outputs.write_result(session, model, found, folder, config, components, loaded=loaded, steps=steps)
+    sinks.finish(result)
     folder.set_status("finished")
     draw_figures(folder)
     for line in result_lines(result, folder.path):

@@ -7,7 +7,7 @@ import argparse
 from transfer_cli.config.compose import load_run, resolve_components
 from transfer_cli.errors import TransferError
 from transfer_cli.report.closing import result_lines
-from transfer_cli.run_folder import read_json
+from transfer_cli.run_folder import read_json, read_object
 
 TOLERANCE = 1e-5  # between machines and devices; on the same one the figures are equal
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     from transfer_cli.loops.devices import choose_device, use_threads
 
     device = choose_device(config.device)
-    use_threads((read_json(folder.manifest) or {}).get("threads"))
+    use_threads(read_object(folder.manifest).get("threads"))
     components = resolve_components(config)
     model, _ = rebuild_model(folder, config, components, device)
     problem = pose_problem(config, components)

@@ -44,6 +44,13 @@ def main(argv: list[str]) -> int:
         metavar="RISK",
         help="abstain where the probability of an error, or in regression half the width of the interval, is above this",
     )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=0,
+        metavar="N",
+        help="method gp: as many functions drawn from its posterior, without noise, a column each",
+    )
     parser.add_argument("--output", default=None, help="a file instead of standard output")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0)
@@ -52,6 +59,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if bool(arguments.files) == bool(arguments.dataset):
         parser.error("name files, or a data set with --dataset")
+    if arguments.draws < 0:
+        parser.error(f"--draws is a number of functions, not {arguments.draws}")
 
     folder, config = load_run(arguments.run)
     level = arguments.level
@@ -82,15 +91,31 @@ def main(argv: list[str]) -> int:
             else lambda row: stream.write(json.dumps(_finite(row)) + "\n")
         )
         position = 0
+        # A function is drawn at all inputs at once.
+        batch_size = max(1, len(inputs)) if arguments.draws else arguments.batch_size
         with torch.inference_mode(), isolated(config.seed, device):  # methods that draw say the same again
-            for x in in_order(inputs, arguments.batch_size, device, arguments.workers):
-                prediction = model.predict(x)
-                for row in _rows(
-                    prediction, shape.label_space.evaluated, arguments.format == "jsonl", level, arguments.risk
+            for x in in_order(inputs, batch_size, device, arguments.workers):
+                prediction, drawn = model.predict(x), _drawn(model, x, arguments.draws)
+                for i, row in enumerate(
+                    _rows(prediction, shape.label_space.evaluated, arguments.format == "jsonl", level, arguments.risk)
                 ):
-                    write({"sample": names[position], **row})
+                    write({"sample": names[position], **row, **{name: values[i] for name, values in drawn.items()}})
                     position += 1
     return 0
+
+
+def _drawn(model: Any, x: Any, n: int) -> dict[str, list[float]]:
+    """Columns of `n` functions, one an output."""
+    if n == 0:
+        return {}
+    functions = getattr(model, "functions", None)
+    if functions is None:
+        raise TransferError("--draws: functions are not calibrated; take a run with calibration=none conformal=none.")
+    return {
+        f"draw{i}_{t}": [_rounded(float(v)) for v in column]
+        for i, function in enumerate(functions(x, n).cpu())
+        for t, column in enumerate(function.T)
+    }
 
 
 def _files(files: Sequence[str], spec: InputSpec) -> tuple[list[str], Inputs]:
@@ -190,11 +215,16 @@ def _rows(
         columns["epistemic_share"] = epistemic_share(prediction)
     for i in range(len(columns["mean"])):
         row = {
-            f"{name}_{t}": float(f"{float(value):.7g}")  # as many digits as float32 has
+            f"{name}_{t}": _rounded(float(value))
             for name, values in columns.items()
             for t, value in enumerate(values[i])
         }
         yield row if abstains is None else {**row, "abstains": abstains[i]}
+
+
+def _rounded(value: float) -> float:
+    """To as many digits as float32 has."""
+    return float(f"{value:.7g}")
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     check_choice(arguments.map, MAPS, "--map")
     check_choice(arguments.format, FORMATS, "--format")
-    if arguments.validators and arguments.select:
+    if arguments.validators and arguments.select and arguments.html is None:
         raise TransferError("--validators compares all of them: leave out --select.")
     records = collect(arguments.paths)
     if arguments.html is not None:
@@ -88,5 +88,5 @@ def _html(records: Sequence[Record], arguments: argparse.Namespace) -> int:
     rankings = rank_validators(records) if arguments.validators else []
     made = write_html(aggregate(records, arguments.select), records, arguments.html, arguments.map, rankings)
     page = arguments.html if is_file(arguments.html) else arguments.html / "index.html"
-    print(f"{page}  {len(records):,} runs, the pages of {made:,} made now")
+    print(f"{page}  {len(records):,} run{'s' * (len(records) != 1)}, the pages of {made:,} made now")
     return 0

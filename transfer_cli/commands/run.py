@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from transfer_cli.config.compose import typed
 from transfer_cli.config.hydra_glue import call_hydra
 from transfer_cli.errors import TransferError
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_object
 
 MULTIRUN = ("-m", "--multirun")
 RETRY = "--retry-failed"  # the flag for retry_failed=true
@@ -88,7 +88,7 @@ def _own_folder() -> list[str]:
 
 def score(folder: RunFolder) -> float | None:
     """What the selection gave the checkpoint that it chose; None where it has none, or had it of target labels."""
-    selection = (read_json(folder.result) or {}).get("selection", {})
+    selection = read_object(folder.result).get("selection", {})
     if selection.get("uses_target_labels", True) or selection["validator"] == "last":
         return None
     return float(selection["score"])

@@ -13,7 +13,7 @@ from transfer_cli.errors import TransferError
 from transfer_cli.report.closing import result_lines
 from transfer_cli.report.looks import LAST, ORACLE, choose, read_looks, score_of
 from transfer_cli.report.runs import Record, Run, collect, short
-from transfer_cli.run_folder import HEADLINE, RunFolder, read_json
+from transfer_cli.run_folder import HEADLINE, RunFolder, read_object
 
 
 def main(argv: list[str]) -> int:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parts(record: Record, folder: RunFolder) -> Iterator[list[str]]:
-    run, manifest, result = record.run or record.asked, read_json(folder.manifest) or {}, read_json(folder.result) or {}
+    run, manifest, result = record.run or record.asked, read_object(folder.manifest), read_object(folder.result)
     yield [*(_what(run, result) if run is not None else []), *_state(record, folder), str(short(folder.path))]
     if record.run is not None:
         *lines, _ = result_lines(result, folder.path)
@@ -53,7 +53,7 @@ def _what(run: Run, result: Mapping[str, Any]) -> list[str]:
 
 
 def _state(record: Record, folder: RunFolder) -> list[str]:
-    status = read_json(folder.status) or {}
+    status = read_object(folder.status)
     begun = f", begun {status['time']} on {status.get('host', '?')}" if "time" in status else ""
     if record.state == "finished":
         return [f"finished on {status.get('time', '?')}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transfer_cli.errors import TransferError, check_choice
 from transfer_cli.report.runs import DEFAULT_FOLDER, Run, collect
-from transfer_cli.run_folder import RunFolder, read_json, write_json
+from transfer_cli.run_folder import RunFolder, read_object, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,9 +60,14 @@ def _agreement(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
 
     groups: dict[Any, list[tuple[Run, np.ndarray]]] = defaultdict(list)
     for run in runs:
-        ids, outputs = _predictions(RunFolder(run.path), run.kind)
-        classes = tuple((read_json(RunFolder(run.path).result) or {}).get("classes", ()))
-        groups[run.kind, run.pair, classes, ids, outputs.shape].append((run, outputs))
+        try:
+            ids, outputs = _predictions(RunFolder(run.path), run.kind)
+        except TransferError as error:
+            print(f"agreement: {run.path}  left out: {error}")
+            continue
+        classes = tuple(read_object(RunFolder(run.path).result).get("classes", ()))
+        target = frozenset(run.settings["target"].items())  # samples of one name may be turned, or another version's
+        groups[run.kind, run.pair, classes, ids, outputs.shape, target].append((run, outputs))
     for (kind, pair, *_), members in groups.items():
         if len(members) < FEWEST:
             print(f"agreement: {' -> '.join(pair)} has {len(members)} runs on the same samples, and needs {FEWEST}")
@@ -80,7 +86,7 @@ def _predictions(folder: RunFolder, kind: str) -> tuple[tuple[str, ...], np.ndar
         with np.load(folder.predictions) as arrays:
             names = tuple(arrays["target_test_ids"].tolist())
             return names, arrays["target_test_probs" if kind == "classification" else "target_test_mean"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise TransferError(f"{folder.predictions} is missing or damaged: force=true runs it again.") from error
 
 
@@ -108,8 +114,9 @@ def _reverse(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
 
 
 def _kept(run: Run) -> dict[str, Any]:
-    found = read_json(RunFolder(run.path).validators)
-    return found if isinstance(found, dict) and "scores" in found else {"scores": {}, "details": {}}
+    found = read_object(RunFolder(run.path).validators)
+    whole = all(isinstance(found.get(key), dict) for key in ("scores", "details"))
+    return found if whole else {"scores": {}, "details": {}}
 
 
 def _keep(run: Run, name: str, score: float, details: Mapping[str, Any]) -> None:

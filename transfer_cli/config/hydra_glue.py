@@ -84,7 +84,7 @@ def composed(overrides: Sequence[str], flags: Sequence[str] = ()) -> DictConfig:
 
 
 def _keys_of_each_job(arguments: Sequence[str]) -> list[str]:
-    """Where a sweep goes over experiments, other overrides as sweeps over one value.
+    """Where a sweep goes over experiments, or over a group, overrides of what these choose as sweeps over one value.
 
     Hydra first composes a sweep without what is swept, and would hold `method.mode=icm` against the default's method.
     """
@@ -96,15 +96,15 @@ def _keys_of_each_job(arguments: Sequence[str]) -> list[str]:
         return None
 
     overrides = {a: read(a) for a in arguments if "=" in a and not a.startswith("-")}
-    if not any(o and o.key_or_group == "experiment" and o.is_sweep_override() for o in overrides.values()):
-        return list(arguments)
+    swept = {o.key_or_group for o in overrides.values() if o and o.is_sweep_override()}
     found = []
     for argument in arguments:
         override, (key, _, value) = overrides.get(argument), argument.partition("=")
         one = f"{key}=choice({value})"
-        alone = override is not None and "." in override.key_or_group and not override.is_sweep_override()
-        alone = alone and not key.lstrip("+~").startswith(("hydra.", "sweep."))  # of the sweep as a whole
-        alone = alone and not argument.startswith("sweep.")
+        group, dot, _ = override.key_or_group.partition(".") if override is not None else ("", "", "")
+        alone = bool(dot) and override is not None and not override.is_sweep_override()
+        alone = alone and group not in ("hydra", "sweep")  # of the sweep as a whole
+        alone = alone and ("experiment" in swept or group in swept)
         found.append(one if alone and read(one) is not None else argument)
     return found
 

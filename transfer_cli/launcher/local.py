@@ -151,8 +151,9 @@ def start_server(threads: int) -> Any:
     """The process that jobs are forked from, with the heavy imports done; deaf to the signals of the whole group."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transfer_cli.launcher.heavy"])
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
+    resource_tracker.ensure_running()  # it would lift the mask below when the server starts it
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # BLAS reads it once, when numpy is imported
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # it inherits this; each job lifts it

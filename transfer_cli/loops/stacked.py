@@ -13,17 +13,15 @@ steps of a phase and after each evaluation.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from transfer_cli.data.batching import derive_seed
@@ -32,24 +30,19 @@ from transfer_cli.loops.console import Console, SeedConsole
 from transfer_cli.loops.features import feature_task
 from transfer_cli.loops.gradient import batches_of, log_interval, optimizer_of, refresh_every, set_rates, total
 from transfer_cli.loops.metrics_log import GRADIENT_NORM, StepRecord
-from transfer_cli.loops.rng import RandomState, seed_all
+from transfer_cli.loops.rng import seed_all
 from transfer_cli.loops.second_order import SAM, LineSearch
 from transfer_cli.loops.session import Place, Session, begin, run_phase, steps_of
+from transfer_cli.loops.stack import Bound, CannotStack, Stack, batch_of, losses_of, parts_of, places, stack_trees
+from transfer_cli.loops.stack_layers import plain_layers, stackable_layers
+from transfer_cli.loops.stack_state import OwnDraws, OwnState, restore
 from transfer_cli.methods.base import Method
-from transfer_cli.methods.phases import Batch, Gradient, Labelled, Losses, Moves, Phase, Progress, Update
+from transfer_cli.methods.phases import Gradient, Losses, Moves, Phase, Progress
 
 # Of a loss or gradient over the stack from that of one seed alone, relative and absolute. Rounding shows in the flip of a ReLU at
 # most; state that is another seed's, or a term that got lost, shows by tenths.
 TOLERANCE = {torch.float32: (2e-2, 2e-6), torch.float64: (1e-7, 1e-10)}
-SMALL = 4096  # weights of a linear layer, up to which the general rule's copies cost less than leaving it
 CHECKED = 2  # steps at a phase's start: terms that measure what has moved are zero in the first
-
-
-class CannotStack(TransferError):
-    """This experiment's seeds cannot be trained together; what their runs saved before is as it was."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"seeds_together: {reason}. Leave it out and sweep: transfer run -m ... seed=0,1,2")
 
 
 def check_stackable(session: Session) -> None:
@@ -145,339 +138,6 @@ def _leave_if_asked(sessions: Sequence[Session], console: Console, phase: str, d
         raise SystemExit(128 + signal)
 
 
-class Stack:
-    """All tensors of methods of one build, stacked; the methods' own become views of the stack, so that each can still be
-    evaluated, saved and changed by itself."""
-
-    def __init__(self, methods: Sequence[Method]) -> None:
-        self.methods = methods
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.buffers: dict[str, Tensor] = {}
-        self._own: list[dict[str, Tensor]] = []
-        self.gather()
-        # A saved view would take the whole stack with it.
-        self._hooks = [m.register_state_dict_post_hook(_with_copies) for m in methods]
-
-    def gather(self) -> None:
-        """Take in what the methods replaced by tensors of their own."""
-        own = [dict(method.named_parameters()) for method in self.methods]
-        buffers = [dict(method.named_buffers()) for method in self.methods]
-        self._check_alike(own)
-        self._check_alike(buffers)
-        with torch.no_grad():
-            for name, parameter in own[0].items():
-                if name not in self.parameters:
-                    self.parameters[name] = nn.Parameter(_room_for([of[name].detach() for of in own]))
-                for i, of in enumerate(own):
-                    self._settle(self.parameters[name].detach()[i], of[name])
-                self.parameters[name].requires_grad_(parameter.requires_grad)
-            for name in buffers[0]:
-                parts = [of[name] for of in buffers]
-                there = self.buffers.get(name)
-                if there is None or there.shape[1:] != parts[0].shape or there.dtype != parts[0].dtype:
-                    self.buffers[name] = _room_for(parts)
-                for i, part in enumerate(parts):
-                    self._settle(self.buffers[name][i], part)
-            self.buffers = {name: self.buffers[name] for name in buffers[0]}
-
-    @staticmethod
-    def _settle(place: Tensor, own: Tensor) -> None:
-        if own.data_ptr() != place.data_ptr() or own.stride() != place.stride():
-            place.copy_(own)
-            own.data = place
-
-    @staticmethod
-    def _check_alike(own: Sequence[Mapping[str, Tensor]]) -> None:
-        for other in own[1:]:
-            if other.keys() != own[0].keys() or any(other[n].shape != t.shape for n, t in own[0].items()):
-                raise CannotStack("the method's state has another shape for each seed")
-
-    def keep(self, buffers: Mapping[str, Tensor]) -> None:
-        """Buffers `(S, ...)` as an objective left them; most were changed in place and are here already."""
-        for name, value in buffers.items():
-            if value.data_ptr() != self.buffers[name].data_ptr():
-                self.buffers[name].copy_(value.detach())
-
-    def release(self) -> None:
-        """Each method its own tensors again."""
-        for hook in self._hooks:
-            hook.remove()
-        with torch.no_grad():
-            for method in self.methods:
-                for tensor in (*method.parameters(), *method.buffers()):
-                    tensor.data = tensor.detach().clone()
-
-    def grouped(self, moves: Sequence[Moves]) -> list[Moves]:
-        """The stacked parameters of the first method's."""
-        names = {id(parameter): name for name, parameter in self.methods[0].named_parameters()}
-        if any(id(p) not in names for move in moves for p in move.parameters):
-            raise CannotStack("the method moves parameters that are not part of it")
-        return [replace(move, parameters=[self.parameters[names[id(p)]] for p in move.parameters]) for move in moves]
-
-
-def _room_for(parts: Sequence[Tensor]) -> Tensor:
-    """For all of them, in the memory format that each has: on it depends in which order dropout draws, and convolutions' speed."""
-    last = parts[0].dim() == 4 and parts[0].is_contiguous(memory_format=torch.channels_last)
-    shape = (len(parts), *parts[0].shape)
-    if not last:
-        return torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device)
-    return _channels_last(shape, parts[0])
-
-
-def _channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Of shape `(S, B, C, H, W)`, each of S in that format."""
-    s, b, c, h, w = shape
-    return like.new_empty((s, b, h, w, c)).permute(0, 1, 4, 2, 3)
-
-
-def _with_copies(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            state[key] = value.detach().clone()
-
-
-class _Bound(nn.Module):
-    """An objective as the forward pass of a module, which is what `functional_call` calls with other tensors."""
-
-    def __init__(self, method: Method, adds_target_term: bool, owner: Method) -> None:
-        super().__init__()
-        self.method, self.adds_target_term = method, adds_target_term
-        self.owner = [owner]  # part of the method, and no second name of its tensors
-
-    def forward(self, update: Update, progress: Progress, first: bool, parts: dict[str, Any]) -> tuple[Any, Any, Any]:
-        losses = losses_of(update, _batch(parts), progress, self.owner[0] if self.adds_target_term and first else None)
-        return losses.terms, losses.diagnostics, dict(self.method.named_buffers())
-
-
-def _places(method: nn.Module) -> dict[str, str]:
-    """Every place in which a module keeps a tensor, to the tensor's first name. A module known by two names is one place, which
-    `functional_call` would fill twice, and so not clear."""
-    names = {id(t): name for name, t in (*method.named_parameters(), *method.named_buffers())}
-    return {
-        ".".join(filter(None, ("method", prefix, key))): names[id(tensor)]
-        for prefix, module in method.named_modules()
-        for key, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
-
-
-def losses_of(update: Update, batch: Batch, progress: Progress, labels_for: Method | None) -> Losses:
-    """The objective, and the supervised term of granted target labels by `labels_for`."""
-    losses = update.objective(batch, progress)
-    if labels_for is not None and batch.target_labelled is not None:
-        term = labels_for.supervised_loss(batch.target_labelled.x, batch.target_labelled.y)
-        losses = replace(losses, terms={**losses.terms, "target_supervised": term})
-    return losses
-
-
-def _parts(batch: Batch) -> dict[str, Any]:
-    parts: dict[str, Any] = {"views": {name: list(views) for name, views in batch.views.items()}}
-    for name in ("source", "target_labelled"):
-        labelled = getattr(batch, name)
-        if labelled is not None:
-            parts[name] = (labelled.x, labelled.y)
-    if batch.target is not None:
-        parts["target"] = batch.target
-    return parts
-
-
-def _batch(parts: Mapping[str, Any]) -> Batch:
-    labelled = {name: Labelled(*parts[name]) for name in ("source", "target_labelled") if name in parts}
-    return Batch(labelled.get("source"), parts.get("target"), labelled.get("target_labelled"), parts["views"])
-
-
-def _stacked(parts: Sequence[Any]) -> Any:
-    """Trees of tensors as one tree of stacked ones."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.stack(list(parts))
-    if isinstance(first, dict):
-        return {key: _stacked([part[key] for part in parts]) for key in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_stacked([part[i] for part in parts]) for i in range(len(first)))
-    raise CannotStack(f"inputs of kind {type(first).__name__} do not stack")
-
-
-# ---- layers for which a stack needs, or gains from, code of its own
-
-
-class _BatchedLinear(torch.autograd.Function):
-    """`(S, B, I)`, `(S, O, I)`, `(S, O)` to `(S, B, O)`, without the copies that the general rule makes."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (g,), (x, weight), needed = gradients, ctx.saved_tensors, ctx.needs_input_grad
-        return (
-            torch.bmm(g, weight) if needed[0] else None,
-            torch.bmm(g.mT, x) if needed[1] else None,
-            g.sum(1) if needed[2] else None,
-        )
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        return _BatchedLinear.apply(*(_first(t, d, info.batch_size) for t, d in zip(inputs, in_dims, strict=True))), 0
-
-
-class _Dropout(torch.autograd.Function):
-    """Inverted dropout of each seed's samples by draws from its own generator, in the order of a single run."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, shape: tuple[int, ...], rate: float, generators: Sequence[torch.Generator], channels_last: bool
-    ) -> Tensor:
-        raise CannotStack("the method drops out something that is no seed's own")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, x: Tensor, shape: Any, rate: float, generators: Any, channels_last: bool
-    ) -> tuple[Tensor, int]:
-        x, shape = _first(x, in_dims[0], info.batch_size), (len(generators), *shape)
-        kept = _channels_last(shape, x) if channels_last else x.new_empty(shape)
-        for noise, generator in zip(kept, generators, strict=True):
-            noise.bernoulli_(1 - rate, generator=generator)
-        return x * kept.div_(1 - rate), 0
-
-
-def _first(x: Any, dim: int | None, size: int) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-
-@contextmanager
-def _stackable_layers(method: nn.Module, generators: Sequence[torch.Generator], channels_last: bool) -> Iterator[None]:
-    """Inside, linear and dropout layers do their work on stacks."""
-    changed = []
-    for module in method.modules():
-        if type(module) is nn.Linear:
-            module.forward = _linear_of(module)  # type: ignore[method-assign, assignment]
-        elif isinstance(module, _DropoutNd):
-            if type(module) not in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
-                raise CannotStack(f"{type(module).__name__} layers draw in a way of their own")
-            module.forward = _dropout_of(module, generators, channels_last)
-        else:
-            continue
-        changed.append(module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _linear_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    own = layer.weight.numel() > SMALL
-
-    def forward(x: Tensor) -> Tensor:
-        return (_Linear.apply if own and x.dim() == 2 else F.linear)(x, layer.weight, layer.bias)
-
-    return forward
-
-
-def _dropout_of(
-    layer: _DropoutNd, generators: Sequence[torch.Generator], channels_last: bool
-) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        if not layer.training or layer.p == 0:
-            return x
-        whole = type(layer) is nn.Dropout
-        shape = tuple(x.shape) if whole else (*x.shape[:2], *(1 for _ in x.shape[2:]))
-        return _Dropout.apply(x, shape, layer.p, generators, channels_last and whole and x.dim() == 4)
-
-    return forward
-
-
-# ---- each seed's share of what the stack holds, under the names and in the form of a single run's checkpoint
-
-
-class _OwnState:
-    """One seed's part of a stacked optimiser. What was restored waits until `restore` has that of all."""
-
-    def __init__(self, optimizer: Optimizer, index: int) -> None:
-        self.optimizer, self.index, self.waiting = optimizer, index, None
-
-    def state_dict(self) -> dict[str, Any]:
-        whole = self.optimizer.state_dict()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-
-        def own(number: int, value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return (value[self.index] if value.shape == parameters[number].shape else value).clone()
-
-        state = {n: {key: own(n, value) for key, value in of.items()} for n, of in whole["state"].items()}
-        return {"state": state, "param_groups": whole["param_groups"]}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.waiting = state
-
-
-def _restore(parts: Sequence[_OwnState]) -> None:
-    states: list[Any] = [part.waiting for part in parts]
-    if states[0] is None:
-        return
-
-    def joined(number: int, key: str) -> Any:
-        values = [state["state"][number][key] for state in states]
-        return torch.stack(values) if isinstance(values[0], Tensor) and key != "step" else values[0]
-
-    merged = {n: {key: joined(n, key) for key in of} for n, of in states[0]["state"].items()}
-    parts[0].optimizer.load_state_dict({"state": merged, "param_groups": states[0]["param_groups"]})
-
-
-class _OwnDraws:
-    """A seed's generators; its torch generator is drawn from directly, or installed where code draws from the global one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.all, self.device = RandomState(device), device
-        self.generator = torch.Generator(device)
-        self.take()
-
-    def take(self) -> None:
-        """The global generators' states as this seed's."""
-        self.kept = self.all.state_dict()
-        self.generator.set_state(self.kept[self._key])
-
-    @property
-    def _key(self) -> str:
-        return "cuda" if self.device.type == "cuda" else "torch"
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        self.all.load_state_dict(self.state_dict())
-        yield
-        self.take()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.kept, self._key: self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.all.load_state_dict(state)
-        self.take()
-
-
 class _Together:
     """One gradient phase of all seeds."""
 
@@ -490,7 +150,7 @@ class _Together:
         self.figures: dict[str, float] = {}
         owner: Method = self.phase.owner or self.session.method
         self.adds = self.session.task.target_labelled is not None and not owner.handles_target_labels
-        self.bound = _Bound(self.session.method, self.adds, owner)
+        self.bound = Bound(self.session.method, self.adds, owner)
 
     def run(self) -> dict[int, TransferError]:
         self.draws = []
@@ -501,14 +161,14 @@ class _Together:
                 if phase.on_start is not None:
                     phase.on_start()
                     session.restart_average()
-            self.draws.append(_OwnDraws(session.device))
+            self.draws.append(OwnDraws(session.device))
         self.stack = Stack([session.method for session in self.sessions])
         try:
             with ExitStack() as inside:
                 inside.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # of rare operations
                 inside.enter_context(
-                    _stackable_layers(
+                    stackable_layers(
                         self.session.method,
                         [draws.generator for draws in self.draws],
                         self.session.trainer.channels_last,
@@ -520,7 +180,7 @@ class _Together:
         return self.failed
 
     def _train(self, inside: ExitStack) -> None:
-        self.places = _places(self.session.method)
+        self.places = places(self.session.method)
         trainer, start = self.session.trainer, self.place.start
         self.moves = [self.stack.grouped(update.moves) for update in self.phase.updates]
         optimizers = [
@@ -541,8 +201,8 @@ class _Together:
             if self.phase.refresh is not None and step % refresh_every(self.phase, self.session) == 0:
                 self._refresh()
                 check = CHECKED
-            parts = [_parts(next(stream)) for stream in streams]
-            together = _stacked(parts)
+            parts = [parts_of(next(stream)) for stream in streams]
+            together = stack_trees(parts)
             measure = (step + 1) % trainer.log_every == 0
             for k, (update, optimizer) in enumerate(zip(self.phase.updates, optimizers, strict=True)):
                 if optimizer is not None:
@@ -580,7 +240,7 @@ class _Together:
         parts: list[dict[str, Any]] = []
         for i, session in enumerate(self.sessions):
             own: dict[str, Any] = {
-                f"optimizer{k}": _OwnState(optimizer, i)
+                f"optimizer{k}": OwnState(optimizer, i)
                 for k, optimizer in enumerate(optimizers)
                 if optimizer is not None
             }
@@ -590,7 +250,7 @@ class _Together:
             parts.append(own)
         for name in parts[0]:
             if name.startswith("optimizer"):
-                _restore([own[name] for own in parts])
+                restore([own[name] for own in parts])
         return list(parts[0])
 
     def _each(self, act: Callable[[int], None]) -> None:
@@ -605,12 +265,12 @@ class _Together:
     def _refresh(self) -> None:
         for phase, session, draws in zip(self.phases, self.sessions, self.draws, strict=True):
             assert phase.refresh is not None
-            with draws.installed(), _plain_layers(session.method):
+            with draws.installed(), plain_layers(session.method):
                 phase.refresh.fit(feature_task(session, phase.owner or session.method, phase.refresh.parts))
             session.follow_buffers()
             session.method.train()
         self.stack.gather()
-        self.places = _places(self.session.method)
+        self.places = places(self.session.method)
 
     def _update(
         self,
@@ -678,7 +338,7 @@ class _Together:
                 session.average.update_parameters(session.method)
         if self.phase.after_step is not None:
             self.stack.gather()
-            self.places = _places(self.session.method)
+            self.places = places(self.session.method)
 
     def _log(self, losses: set[str], done: int, i: int) -> None:
         values = log_interval(self.records[i], losses, False, self.phases[i], self.sessions[i], self.place, done)
@@ -689,7 +349,7 @@ class _Together:
 
     def _observe(self, done: int, i: int) -> None:
         session, place = self.sessions[i], self.place
-        with _plain_layers(session.method):
+        with plain_layers(session.method):
             session.monitor.observe(session.evaluated, place.steps_before + done, self.phase.name, candidate=place.last)
         session.method.train()
 
@@ -714,9 +374,9 @@ class _Together:
             buffers = {name: buffer.clone() for name, buffer in session.method.named_buffers()}
             state = draws.state_dict()
             labels_for = (phase.owner or session.method) if self.adds and k == 0 else None
-            with _plain_layers(session.method):
+            with plain_layers(session.method):
                 draws.all.load_state_dict(state)
-                losses = losses_of(update, _batch(own), progress, labels_for)
+                losses = losses_of(update, batch_of(own), progress, labels_for)
                 gradients = torch.autograd.grad(total(losses), moved, allow_unused=True)
             draws.load_state_dict(state)
             for name, buffer in session.method.named_buffers():
@@ -750,17 +410,6 @@ class _Together:
                 f"over the stack {what} of seed {self.sessions[i].seed} differs from that of the seed alone by {apart:.2g}, its "
                 f"size being {size:.2g}: the method keeps state where a stack does not see it"
             )
-
-
-@contextmanager
-def _plain_layers(method: nn.Module) -> Iterator[None]:
-    """Inside, the method of a stack works by itself."""
-    kept = {module: vars(module).pop("forward") for module in method.modules() if "forward" in vars(module)}
-    try:
-        yield
-    finally:
-        for module, forward in kept.items():
-            module.forward = forward
 
 
 def _reason(error: RuntimeError) -> str:

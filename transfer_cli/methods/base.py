@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from transfer_cli.backbones.weights import load_into
 from transfer_cli.data.inputs import InputSpec
+from transfer_cli.errors import TransferError
 from transfer_cli.evaluation.prediction import Prediction
 from transfer_cli.methods.domain_batchnorm import DomainSwitch
 from transfer_cli.methods.phases import Phase
@@ -121,6 +122,14 @@ class Method(nn.Module):
     def predict_and_features(self, x: Any, domain: str) -> tuple[Prediction, Tensor | None]:
         """What `predict` and `features` (or those of the source) say, where one pass finds both; else no features."""
         return (self.predict_source(x) if domain == "source" else self.predict(x)), None
+
+    def functions(self, x: Any, n: int, seed: int = 0) -> Tensor:
+        """`(n, B, T)`: functions drawn from the posterior, without noise, at target inputs `(B, ...)`; the same for a seed.
+
+        Raises:
+            TransferError: the method is no distribution over functions.
+        """
+        raise TransferError("only gp draws functions: run method=gp.")
 
     def supervised_loss(self, x: Any, y: Tensor) -> Tensor:
         """The loss of granted target labels, which the gradient loop adds unless the method handles them."""

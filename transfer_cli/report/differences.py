@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from transfer_cli.errors import TransferError
 from transfer_cli.report.paired import mcnemar, paired_t
 from transfer_cli.report.runs import Run, read_config, read_run
 from transfer_cli.report.selection import written
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_object
 
 MACHINE = ("git", "transfer", "machinery", "python", "device", "device_name", "threads", "fingerprints", "libraries")
 
@@ -62,7 +63,7 @@ def config_differences(first: Path, second: Path) -> list[tuple[str, str, str]]:
 
 def machine_differences(first: Path, second: Path) -> list[tuple[str, str, str]]:
     """What the manifests tell apart: code, libraries, device, data."""
-    manifests = [read_json(RunFolder(path).manifest) or {} for path in (first, second)]
+    manifests = [read_object(RunFolder(path).manifest) for path in (first, second)]
     flat = [_flat({key: m[key] for key in MACHINE if key in m}) for m in manifests]
     keys = dict.fromkeys([*flat[0], *flat[1]])
     return [(key, *(one.get(key, "-") for one in flat)) for key in keys if flat[0].get(key) != flat[1].get(key)]  # type: ignore[misc]
@@ -106,7 +107,7 @@ def compare_samples(first: Run, second: Run) -> Samples | None:
     labels = ours["labels"][a]
     right = [of["probs"][i].argmax(1) == labels for of, i in ((ours, a), (theirs, b))]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-    classes = [str(name) for name in (read_json(RunFolder(first.path).result) or {}).get("classes", [])]
+    classes = [str(name) for name in read_object(RunFolder(first.path).result).get("classes", [])]
     per_class = []
     for index in np.unique(labels).tolist():
         own = labels == index
@@ -123,7 +124,7 @@ def _predictions(path: Path) -> dict[str, Any]:
         with np.load(RunFolder(path).predictions) as arrays:
             prefix = "target_test_"
             return {k.removeprefix(prefix): arrays[k] for k in arrays.files if k.startswith(prefix)}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise TransferError(f"{path}/predictions.npz is missing or damaged: {error}") from error
 
 

@@ -269,10 +269,11 @@ def remarks(tables: Sequence[Table], records: Sequence[Record]) -> Iterator[tupl
     found = [verdict for table in tables for verdict in verdicts(table.cells).values()]
     warned = [f"{r.path}  {text}" for r in records if r.run is not None for text in r.run.warnings]
     rows = [row for table in tables for row in table.rows]
+    apart = ", hyper-parameters apart" if any(table.select for table in tables) else ""
     for sign, how in MEANING.items():
         worse = sorted({verdict.baseline for verdict in found if _signs(verdict)[sign]}, reverse=True)
         if worse:
-            yield f"{sign} worse than {' or '.join(worse)} with the same settings, {how}", []
+            yield f"{sign} worse than {' or '.join(worse)} with the same settings{apart}, {how}", []
     if any(row.oracle for row in rows):
         what = "target test labels chose the checkpoint" + (
             " and the hyper-parameters" if any(table.select == ORACLE for table in tables) else ""

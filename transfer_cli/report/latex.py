@@ -54,7 +54,7 @@ def _table(table: Table, records: Sequence[Record]) -> str:
     signs = [title for title, lines in remarks([table], records) if not lines]
     told = [f"{line[0].upper()}{line[1:]}." for line in [*caption(table), *best_line(table, "bold"), *signs]]
     common = ", ".join(f"\\texttt{{{escape(text)}}}" for text in table.common)
-    header = ["", *(escape(" ".join(filter(None, column[:2]))) for column in others)]
+    header = [["", *(escape(column[line]) for column in others)] for line in (0, 1)]
     rows: list[list[str] | None] = []
     for row, name, *cells in zip(table.rows, names[2:], *(column[2:] for column in others), strict=True):
         if row.bound and rows and None not in rows:
@@ -71,20 +71,18 @@ def _cell(text: str) -> str:
     return f"\\textbf{{{written}}}" if marked else written
 
 
-def tabular(caption: str, label: str, header: Sequence[str], rows: Sequence[Sequence[str] | None]) -> str:
-    """A table of escaped cells, the first column to the left; None is a rule."""
-    lines = [r"\midrule" if row is None else f"{' & '.join(row)} \\\\" for row in rows]
+def tabular(caption: str, label: str, header: Sequence[Sequence[str]], rows: Sequence[Sequence[str] | None]) -> str:
+    """A table of escaped cells below the lines of its header, the first column to the left; None is a rule."""
+    lines = [r"\midrule" if row is None else f"{' & '.join(row)} \\\\" for row in (*header, None, *rows)]
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering\small",
             f"\\caption{{{caption}}}",
             f"\\label{{tab:{label}}}",
-            r"\medskip",
-            f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\medskip\footnotesize\setlength{\tabcolsep}{4pt}",
+            f"\\begin{{tabular}}{{l{'r' * (len(header[0]) - 1)}}}",
             r"\toprule",
-            f"{' & '.join(header)} \\\\",
-            r"\midrule",
             *lines,
             r"\bottomrule",
             r"\end{tabular}",

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transfer_cli.errors import TransferError
-from transfer_cli.report.looks import LAST, Look, choose, read_looks, score_of
+from transfer_cli.report.looks import LAST, ORACLE, Look, choose, read_looks, score_of
 from transfer_cli.report.paired import spearman, top_weights
 from transfer_cli.report.runs import Record, Run
 from transfer_cli.report.selection import Scored, common_seeds, group_key, points_of, rescored
@@ -81,7 +81,8 @@ def rank_validators(records: Iterable[Record]) -> list[Ranking]:
 def _ranked(kind: str, runs: Sequence[tuple[Record, Run, list[Look]]]) -> list[Ranked]:
     names = sorted({name for _, run, looks in runs for one in (run.scores, *(k.scores for k in looks)) for name in one})
     found = [Ranked(name, _of_checkpoints(kind, runs, name), _of_points(kind, runs, name)) for name in names]
-    found += [Ranked(name, _of_checkpoints(kind, runs, name), Means()) for name in (LAST, RANDOM)]
+    found.append(Ranked(LAST, _of_checkpoints(kind, runs, LAST), Means()))
+    found.append(Ranked(RANDOM, _of_checkpoints(kind, runs, RANDOM), _of_points(kind, runs, RANDOM)))
     return sorted((r for r in found if r.checkpoints.regrets or r.points.regrets), key=Ranked.order)
 
 
@@ -111,7 +112,9 @@ def _of_points(kind: str, runs: Sequence[tuple[Record, Run, list[Look]]], name: 
     best = {record.path: max(look.quality for look in looks) for record, _, looks in runs}
     groups: dict[Any, list[tuple[Record, Scored]]] = defaultdict(list)
     for record, run, looks in runs:
-        own = rescored(run, looks, name)
+        own = rescored(run, looks, ORACLE if name == RANDOM else name)
+        if own is not None and name == RANDOM:
+            own = replace(own, quality=mean([look.quality for look in looks]))
         if own is not None:
             groups[group_key(own.run)].append((record, own))
     for members in groups.values():
@@ -119,9 +122,12 @@ def _of_points(kind: str, runs: Sequence[tuple[Record, Run, list[Look]]], name: 
         seeds = common_seeds(points)
         compared = [list(by_seed.values()) for by_seed in points.values() if frozenset(by_seed) == seeds]
         if len(compared) > 1:
-            scores = [mean([s.score for _, s in point]) for point in compared]
             qualities = [mean([s.quality for _, s in point]) for point in compared]
             reachable = max(mean([best[r.path] for r, _ in point]) for point in compared)
+            if name == RANDOM:
+                means.add(regret(kind, reachable, mean(qualities)), [], [])
+                continue
+            scores = [mean([s.score for _, s in point]) for point in compared]
             chosen = qualities[scores.index(max(scores))]
             means.add(regret(kind, reachable, chosen), scores, qualities)
     return means

@@ -66,10 +66,11 @@ def as_markdown(rankings: Sequence[Ranking]) -> str:
 
 def as_latex(rankings: Sequence[Ranking]) -> str:
     parts = [comment(r"needs \usepackage{booktabs}")]
+    header = [[escape(text.partition(": ")[line]) for text in HEADER] for line in (0, 2)]
     for ranking in rankings:
         rows = [[escape(text) for text in cells(ranked)] for ranked in ranking.ranked]
         said = escape(". ".join([title(ranking), *notes(ranking)]) + ".")
-        parts.append(tabular(said, f"validators-{ranking.kind}", [escape(text) for text in HEADER], rows))
+        parts.append(tabular(said, f"validators-{ranking.kind}", header, rows))
     return "\n\n".join(parts) + "\n"
 
 

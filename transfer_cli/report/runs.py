@@ -14,11 +14,13 @@ from typing import Any
 from transfer_cli.config.identity import dataset_label
 from transfer_cli.config.schema import COMPONENTS, OPTIONAL_COMPONENTS, OUTSIDE_IDENTITY, Config
 from transfer_cli.errors import TransferError
-from transfer_cli.run_folder import HEADLINE, RESULT_SCHEMA, RunFolder, read_json
+from transfer_cli.run_folder import HEADLINE, RESULT_SCHEMA, RunFolder, read_json, read_object
 
 DEFAULT_FOLDER = Path("outputs") / "runs"
 DATA = ("source", "target")
 SEEDS = ("seed", "data_seed")
+ALWAYS = ("source", "target", "method", *SEEDS)  # what a table cannot do without in a result.json, figures apart
+OF_SELECTION = ("validator", "uses_target_labels", "step", "candidates")
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -94,7 +96,12 @@ def damage(result: Any) -> str | None:
         return "result.json is missing or damaged"
     if result.get("schema_version") != RESULT_SCHEMA:
         return f"result.json has schema_version {result.get('schema_version')}, and this version reads {RESULT_SCHEMA}"
-    return None
+    try:
+        float(result["metrics"]["target_test"][HEADLINE[result["kind"]]])
+        lacking = set(ALWAYS) - result.keys() or set(OF_SELECTION) - result["selection"].keys()
+    except (KeyError, TypeError, ValueError, AttributeError):
+        lacking = {"figures"}
+    return f"result.json is damaged: it lacks {', '.join(sorted(lacking))}" if lacking else None
 
 
 def _run_folders(path: Path) -> Iterator[Path]:
@@ -110,7 +117,7 @@ def read_run(path: Path) -> Run | None:
 
 
 def _read(folder: RunFolder) -> Record:
-    status = read_json(folder.status) or {}
+    status = read_object(folder.status)
     state = str(status.get("state", "new"))
     if state != "finished":
         state, error = folder.state(), status.get("error")
@@ -119,7 +126,7 @@ def _read(folder: RunFolder) -> Record:
     result, config = read_json(folder.result), read_config(folder.config)
     problem = damage(result) or (None if config else "config.yaml is missing or damaged")
     if problem:
-        return Record(folder.path, "failed", problem, asked=_asked(folder, status))
+        return Record(folder.path, "failed", f"{problem}: force=true runs it again", asked=_asked(folder, status))
     return Record(folder.path, state, None, _run(folder, str(status.get("time", "")), result, config))
 
 
@@ -128,7 +135,7 @@ def _run(folder: RunFolder, time: str, result: Mapping[str, Any], config: Mappin
     settings = _all_settings(folder, config)
     settings[""]["selection"] = selection["validator"]  # where `auto` is configured: what it chose
     figure = float(result["metrics"]["target_test"][HEADLINE[result["kind"]]])
-    later = read_json(folder.validators) or {}  # of those that cost too much for every evaluation
+    later = read_object(folder.validators).get("scores")  # of those that cost too much for every evaluation
     return Run(
         path=folder.path,
         time=time,
@@ -139,7 +146,7 @@ def _run(folder: RunFolder, time: str, result: Mapping[str, Any], config: Mappin
         seeds=tuple(result[key] for key in SEEDS),
         figure=100 * figure if result["kind"] == "classification" else figure,
         settings=settings,
-        scores={**result.get("validators", {}), **later.get("scores", {})},
+        scores={**result.get("validators", {}), **(later if isinstance(later, dict) else {})},
         figures=result["metrics"]["target_test"],
         warnings=tuple(warning["text"] for warning in result.get("health", {}).get("warnings", ())),
         step=selection["step"],
@@ -173,7 +180,7 @@ def _all_settings(folder: RunFolder, config: Mapping[str, Any]) -> dict[str, dic
     """`Run.settings`, with the versions that the manifest tells: runs of two versions are not one row."""
     settings = _settings(config)
     owners = {owner.partition("=")[0]: owner for owner in settings}
-    manifest = read_json(folder.manifest) or {}
+    manifest = read_object(folder.manifest)
     for group, component in manifest.get("components", {}).items():
         settings[owners.get(group, "")][f"{group}.version"] = component["version"]
     settings[""]["machinery"] = manifest.get("machinery")

@@ -255,11 +255,12 @@ def _by_seed(cells: Sequence[Cell]) -> dict[tuple[int, ...], float]:
 
 
 def _best(pair: Pair | None, figures: Mapping[Row, Mapping[tuple[int, ...], float]], sign: int) -> list[Best]:
-    """Of several rows the best by its mean, compared with each other."""
-    figures = {row: of for row, of in figures.items() if of}
-    if len(figures) < 2:
+    """Of several rows the best by its mean, compared with each other; one without a figure for any seed forbids a mark."""
+    if sum(map(bool, figures.values())) < 2:
         return []
-    first = max(figures, key=lambda row: sign * math.fsum(figures[row].values()) / len(figures[row]))
+    first = max(
+        (r for r in figures if figures[r]), key=lambda r: sign * math.fsum(figures[r].values()) / len(figures[r])
+    )
     others = [row for row in figures if row != first]
     differences = [
         [figures[first][s] - figures[r][s] for s in sorted(figures[first].keys() & figures[r])] for r in others

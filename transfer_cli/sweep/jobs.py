@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transfer_cli.config.identity import component_content, identify
 from transfer_cli.config.schema import COMPONENTS, Config, Sweep, check_sweep
 from transfer_cli.errors import TransferError
 from transfer_cli.registry import Component
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_object
 from transfer_cli.sweep.ranges import Choice, Range, draw, read_ranges, word
 
 SEARCHED = ("method", "then", "optimizer")  # groups whose `search:` is heeded
@@ -34,7 +35,8 @@ Components = Mapping[str, Component]
 @dataclass(frozen=True)
 class Job:
     """`words`: what `transfer run` would be given. `state`: that of the run's folder (`RunFolder.state`); `refused` where the
-    configuration is wrong, and `error` says why, as it does where the run failed. A refused job has no folder."""
+    configuration is wrong, and `error` says why, as it does where the run failed. A refused job has no folder. `stack`: the folders
+    of all its seeds, where they are trained together."""
 
     words: tuple[str, ...]
     state: str
@@ -42,6 +44,7 @@ class Job:
     folder: RunFolder | None = None
     config: Config | None = None
     components: Components | None = None
+    stack: tuple[RunFolder, ...] = ()
 
     def is_to_run(self) -> bool:
         """Whether `transfer run` would do something: an unfinished run, or whatever it is told to do again."""
@@ -137,6 +140,7 @@ def jobs_of(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader) 
                 if job not in found:
                     found[job] = look.at(of_job[number], job)
     _refuse_another_sweep(found.values(), sweep)
+    _refuse_stacks_that_overlap(found.values())
     return list(found.values())
 
 
@@ -224,8 +228,9 @@ class Look:
             if state == "finished":
                 self._check_data(folder, config, components)
             elif state == "failed":
-                error = str((read_json(folder.status) or {}).get("error"))
-            return Job(shown, state, error, folder, config, components)
+                error = str(read_object(folder.status).get("error"))
+            stack = tuple(folders) if config.seeds_together > 1 else ()
+            return Job(shown, state, error, folder, config, components, stack)
         except TransferError as problem:
             return Job(shown, "refused", str(problem))
 
@@ -249,6 +254,14 @@ def _refuse_another_sweep(jobs: Any, sweep: Sweep) -> None:
             raise TransferError("an experiment that sets sweep= cannot be swept over itself: name one experiment.")
 
 
+def _refuse_stacks_that_overlap(jobs: Iterable[Job]) -> None:
+    for folder, times in Counter(folder for job in jobs for folder in job.stack).items():
+        if times > 1:
+            raise TransferError(
+                f"{folder.path.name} would be in {times} stacks of seeds_together: sweep seed in strides of it (seed=0,8)."
+            )
+
+
 def launch(jobs: Sequence[Job], config: DictConfig, task: Any, launcher: Launcher, batch_size: int | None) -> list[Any]:
     """Run what is not finished, in one call of the launcher (or in batches of `batch_size`); what failed before only where
     that is asked for. Says at the end how many finished; `task`, which is `commands.run.Task`, keeps the errors."""
@@ -260,7 +273,7 @@ def launch(jobs: Sequence[Job], config: DictConfig, task: Any, launcher: Launche
     before = sum(job.state == "finished" and not job.is_to_run() for job in jobs)
     if config.sweep.kind == "random" or before:
         known = f", {before} finished before" if before else ""
-        print(f"a sweep of {len(jobs)} runs{known}: transfer plan tells more", flush=True)
+        print(f"a sweep of {len(jobs)} run{'s' * (len(jobs) != 1)}{known}: transfer plan tells more", flush=True)
     for job in jobs:
         if job.state == "failed" and not job.is_to_run():
             task.failed_elsewhere(f"failed before: {job.error} (--retry-failed tries again)", " ".join(job.words))
@@ -271,5 +284,7 @@ def launch(jobs: Sequence[Job], config: DictConfig, task: Any, launcher: Launche
             returns.append(returned)
             if returned.status == JobStatus.FAILED:  # in a process of its own
                 task.failed_elsewhere(str(returned._return_value), " ".join(overrides))
-    print(f"{len(jobs)} runs: {len(jobs) - len(task.errors)} finished, {len(task.errors)} failed")
+    print(
+        f"{len(jobs)} run{'s' * (len(jobs) != 1)}: {len(jobs) - len(task.errors)} finished, {len(task.errors)} failed"
+    )
     return returns

@@ -22,7 +22,7 @@ class _Reverse(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, coefficient: float) -> tuple[Tensor, int]:
-        """Elementwise, so the same over a stack (`loops/stacked.py`)."""
+        """Elementwise, so the same over a stack (`loops/stack.py`)."""
         return _Reverse.apply(x, coefficient), in_dims[0]
 
     @staticmethod

@@ -288,12 +288,9 @@ class GP(FeatureMethod):
         return [(mode, w), ("scratch", 1 - w)]
 
     def functions(self, x: Any, n: int, seed: int = 0) -> Tensor:
-        """`(n, B, T)`: functions without noise drawn from the posterior at target inputs `(B, ...)`, the hyperparameters too."""
-        x, draw = (
-            self._standard(self._preprocess(self.features(x).double(), "target")),
-            torch.Generator().manual_seed(seed),
-        )
-        found = x.new_empty(n, len(x), self.outputs)
+        """The hyperparameters are drawn too; all inputs belong to one function, at the cost of their covariances `(B, B)`."""
+        x = self._standard(self._preprocess(self.features(x).double(), "target"))
+        draw, found = torch.Generator().manual_seed(seed), x.new_empty(n, len(x), self.outputs)
         for t in range(self.outputs):
             experts = self._experts(self.mode, 1, t)
             chances = torch.tensor([weight for _, weight in experts], dtype=torch.float64)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transfer_cli.errors import TransferError
 OfTheta = Callable[[Tensor], Tensor]
 FAILED = 1e20  # the value where there is none
 STEP = 1e-4  # of finite differences
+NEAR = 0.1  # of an optimum, in standard deviations of the prior: where its basin is no longer in doubt
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,21 @@ class Prior:
         mean, deviation, lower, upper = torch.tensor(rows, dtype=torch.float64, device=like.device).T
         return cls(mean, torch.diag(deviation.square()), lower, upper)
 
+    @cached_property
+    def root(self) -> Tensor:
+        """C, of Σ = C Cᵀ."""
+        return torch.linalg.cholesky(self.covariance)
+
     def whiten(self, theta: Tensor) -> Tensor:
         """`C⁻¹ (θ - μ)`."""
-        root = torch.linalg.cholesky(self.covariance)
-        return torch.linalg.solve_triangular(root, (theta - self.mean)[:, None], upper=False)[:, 0]
+        return torch.linalg.solve_triangular(self.root, (theta - self.mean)[:, None], upper=False)[:, 0]
 
     def negative_log_density(self, theta: Tensor) -> Tensor:
-        logdet = torch.linalg.cholesky(self.covariance).diagonal().log().sum()
-        return 0.5 * (self.whiten(theta).square().sum() + len(theta) * math.log(2 * math.pi)) + logdet
+        return 0.5 * (self.whiten(theta).square().sum() + len(theta) * math.log(2 * math.pi)) + self._log_root
+
+    @cached_property
+    def _log_root(self) -> Tensor:
+        return self.root.diagonal().log().sum()
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def laplace(
         TransferError: the likelihood has a value nowhere.
     """
     mode = maximum_a_posteriori(negative_log_likelihood, prior, starts)
-    root = torch.linalg.cholesky(prior.covariance)
+    root = prior.root
     curvature = (hessian if twice else hessian_by_differences)(negative_log_likelihood, mode)
     inner = torch.eye(len(mode), dtype=mode.dtype, device=mode.device) + root.T @ curvature @ root
     values, vectors = torch.linalg.eigh(0.5 * (inner + inner.T))
@@ -101,41 +110,57 @@ def laplace(
 
 
 def maximum_a_posteriori(negative_log_likelihood: OfTheta, prior: Prior, starts: Tensor) -> Tensor:
-    """The best of the optima from all `starts` `(S, d)`, by L-BFGS within the bounds.
+    """The best of the optima from all `starts` `(S, d)`, by L-BFGS within the bounds. A search that comes near an optimum of an
+    earlier one ends there.
 
     Raises:
         TransferError: the likelihood has a value nowhere.
     """
-    scale = prior.covariance.diagonal().sqrt()
+    scale, precision = prior.covariance.diagonal().sqrt(), torch.cholesky_inverse(prior.root)
     failure: list[TransferError] = []
     seen: list[float] = []
 
     def value_and_gradient(flat: Any) -> tuple[float, Any]:
         theta = (prior.mean + scale * torch.from_numpy(flat).to(scale)).requires_grad_()
         try:
-            loss = negative_log_likelihood(theta) + prior.negative_log_density(theta)
+            loss = negative_log_likelihood(theta)
             (gradient,) = torch.autograd.grad(loss, theta)
         except TransferError as error:
             failure[:] = [error]
             return failed()
         if not bool(loss.isfinite() & gradient.isfinite().all()):
             return failed()
-        seen.append(float(loss.detach()))
-        return seen[-1], (gradient * scale).cpu().numpy()
+        away = precision @ (theta.detach() - prior.mean)  # the prior's gradient; a graph of its own would cost more
+        seen.append(float(loss.detach() + 0.5 * away @ (theta.detach() - prior.mean)))
+        return seen[-1], ((gradient + away) * scale).cpu().numpy()
 
     def failed() -> tuple[float, Any]:
         """A little above the best, so that the line search comes back, and not by more than it must."""
         value = min(seen) + 0.1 * abs(min(seen)) + 1 if seen else FAILED
         return value, torch.zeros_like(scale).cpu().numpy()
 
+    def stop_near_a_known_one(intermediate_result: Any) -> None:
+        if any(abs(intermediate_result.x - one.x).max() < NEAR for one in found if one.fun < FAILED):
+            raise StopIteration
+
     lower, upper = (((end - prior.mean) / scale).cpu().numpy() for end in (prior.lower, prior.upper))
     options = {"maxiter": 200, "gtol": 1e-5, "ftol": 1e-9}
-    found = []
+    bounds = list(zip(lower, upper, strict=True))
+    found: list[Any] = []
     for start in starts:
         seen.clear()
         first = ((start - prior.mean) / scale).cpu().numpy().clip(lower, upper)
-        bounds = list(zip(lower, upper, strict=True))
-        found.append(minimize(value_and_gradient, first, jac=True, method="L-BFGS-B", bounds=bounds, options=options))
+        found.append(
+            minimize(
+                value_and_gradient,
+                first,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=bounds,
+                options=options,
+                callback=stop_near_a_known_one,
+            )
+        )
     best = min(found, key=lambda result: result.fun)
     if best.fun >= FAILED:
         raise failure[0] if failure else TransferError("the likelihood of the Gaussian process is finite nowhere.")

@@ -18,7 +18,7 @@ from transfer_cli.report.html.images import as_data_uri
 from transfer_cli.report.html.maps import feature_map
 from transfer_cli.report.paired import mcnemar
 from transfer_cli.report.runs import damage
-from transfer_cli.run_folder import RunFolder, read_json
+from transfer_cli.run_folder import RunFolder, read_json, read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ LOG = 40  # last lines of the log of a run that is not finished
 
 def details(folder: RunFolder, baseline: RunFolder | None, how: str = "pca") -> dict[str, Any]:
     """`baseline`: the run that this one is compared with; `how`: the map of features, of `maps.MAPS`."""
-    manifest = read_json(folder.manifest) or {}
+    manifest = read_object(folder.manifest)
     content: dict[str, Any] = {
         "manifest": {key: manifest.get(key) for key in ("git", "python", "platform", "host", "device_name", "threads")},
         "libraries": manifest.get("libraries", {}),
@@ -102,12 +102,13 @@ def curves(folder: RunFolder) -> dict[str, Any]:
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
+            phase, step, split, named = (event[key] for key in ("phase", "step", "split", "values"))
+        except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
             continue
-        phases[event["phase"]] = event["step"]
-        for name, value in event["values"].items():
-            steps, values = found[event["split"]].setdefault(name, [[], []])
-            steps.append(event["step"])
+        phases[phase] = step
+        for name, value in named.items():
+            steps, values = found[split].setdefault(name, [[], []])
+            steps.append(step)
             values.append(rounded(value))
     return {"curves": found, "phases": list(phases.items())}
 

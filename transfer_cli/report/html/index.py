@@ -14,8 +14,8 @@ from transfer_cli.report.html.details import rounded
 from transfer_cli.report.negative import TRAINED, baseline_runs
 from transfer_cli.report.runs import SEEDS, Record, Run
 from transfer_cli.report.selection import written
-from transfer_cli.report.tables import Pair, Row, Table
-from transfer_cli.run_folder import HEADLINE, RunFolder, read_json
+from transfer_cli.report.tables import Pair, Row, Table, aggregate
+from transfer_cli.run_folder import HEADLINE, RunFolder, read_object
 
 
 def describe(tables: Sequence[Table], records: Sequence[Record]) -> dict[str, Any]:
@@ -23,14 +23,19 @@ def describe(tables: Sequence[Table], records: Sequence[Record]) -> dict[str, An
     entry's `config` names by their numbers."""
     settings = Settings()
     places = _places(tables)
+    # a choice of hyper-parameters shows few runs, without them: the list names all, and all alike
+    named = _places(aggregate(records)) if any(table.select for table in tables) else places
     entries = []
     for index, record in enumerate(records):
         run = record.run or record.asked
-        entries.append(_entry(record, run, places.get(record.path)))
+        entries.append(_entry(record, run, places.get(record.path), named.get(record.path)))
         entries[-1] |= {"index": index, "config": [] if run is None else settings.numbers(run)}
     _name_apart(entries)
     _compare(entries, records, settings)
     return {"settings": settings.written, "runs": entries}
+
+
+Where = tuple[str, str, Row, Pair]  # kind, cell, row and pair
 
 
 class Settings:
@@ -54,7 +59,7 @@ class Settings:
         return self._known[known]
 
 
-def _places(tables: Sequence[Table]) -> dict[Path, tuple[str, str, Row, Pair]]:
+def _places(tables: Sequence[Table]) -> dict[Path, Where]:
     """Where the tables show a run: kind, cell, row and pair."""
     found = {}
     for i, table in enumerate(tables):
@@ -67,9 +72,10 @@ def _places(tables: Sequence[Table]) -> dict[Path, tuple[str, str, Row, Pair]]:
     return found
 
 
-def _entry(record: Record, run: Run | None, place: tuple[str, str, Row, Pair] | None) -> dict[str, Any]:
+def _entry(record: Record, run: Run | None, place: Where | None, named: Where | None) -> dict[str, Any]:
+    """`place`: in the tables that are shown; `named`: in one of all runs."""
     folder = RunFolder(record.path)
-    manifest = read_json(folder.manifest) or {}
+    manifest = read_object(folder.manifest)
     common: Mapping[str, Any] = run.settings[""] if run is not None else {}
     entry: dict[str, Any] = {
         "path": str(record.path),
@@ -94,12 +100,14 @@ def _entry(record: Record, run: Run | None, place: tuple[str, str, Row, Pair] | 
         "command": shlex.join(manifest.get("command", [])),
     }
     if record.run is not None:
-        result = read_json(folder.result) or {}
+        result = read_object(folder.result)
         entry["kind"], entry["figures"] = record.run.kind, {k: _number(v) for k, v in record.run.figures.items()}
         entry["figure"] = entry["figures"].get(HEADLINE[record.run.kind])
         entry["seconds"], entry["time"] = result.get("seconds", {}).get("fit"), record.run.time.replace("T", " ")[:16]
     if place is not None:
-        entry["kind"], entry["cell"], row, pair = place
+        entry["kind"], entry["cell"], *_ = place
+    if named is not None:
+        entry["kind"], _, row, pair = named
         entry["told"], entry["pair"] = " ".join(row.told), list(pair)
     return entry
 
