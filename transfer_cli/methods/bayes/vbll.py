@@ -6,7 +6,8 @@
     regression       max  mean_i [log N(y; w̄ᵀφ, σ²) - ½ φᵀSφ / σ²] - KL(q ‖ p) / N
 
 φ are the network's features with a one for the bias, w̄ the head's weights, N the number of labelled samples; backbone, w̄, S and
-the noise σ² are trained together; of T targets the mean over them is maximised, with KL / (N T). `covariance`: S_k is `diagonal`,
+the noise σ² are trained together. Where both domains have labels mean_i is the sum of either's mean, so that few granted labels
+count as much as a large source; of T targets the mean over them is maximised, with KL / (N T). `covariance`: S_k is `diagonal`,
 or `dense` (a Cholesky factor of the features' width for each class).
 Both are lower bounds of the log-likelihood's mean under q less the KL term, without sampling. The paper's noise in the
 logits and its inverse-Wishart prior on σ² are left out. Predicted is the mean of softmax over `draws` of the logits.
