@@ -130,8 +130,7 @@ def process_table(runs: Sequence[Run], pairs: Sequence[Pair], labels: int, modes
 
 def processes(outputs: Path) -> None:
     every = "experiment=" + ",".join(pair.options[0] for pair in PAIRS)
-    transfer(outputs, every, f"method.mode={','.join(MODES)}", draws(10))
-    transfer(outputs, every, "method.guard=evidence", draws(10))
+    transfer(outputs, every, "sweep=gp_modes", draws(10))
     transfer(outputs, "experiment=friedman_unrelated", "target_labels=50", "method.mode=scratch,sequential", draws(10))
     transfer(outputs, "experiment=friedman_unrelated", "target_labels=50", "method.guard=evidence", draws(10))
     runs = finished(outputs)

@@ -182,6 +182,35 @@ def test_a_range_is_narrowed_from_the_command_line_and_alters_no_identity(transf
         assert identify(plain, resolve_components(plain)) == identify(other, resolve_components(other))
 
 
+def test_listed_settings_are_tried_with_each_combination(transfer: Transfer, tmp_path: Path) -> None:
+    listed = "sweep.points=['method=coral method.ridge=0.1,2','method=mean_match features.normalise=[l2]']"
+    words = [*SMALL, "seed=0,1", "sweep=points", listed]
+    runs = [line.removeprefix(" ".join(SMALL) + " ") for line in planned(transfer, *words)]
+    assert runs == [
+        f"seed={seed} {setting}"
+        for setting in (
+            "method=coral method.ridge=0.1",
+            "method=coral method.ridge=2",
+            "method=mean_match features.normalise=[l2]",
+        )
+        for seed in (0, 1)
+    ]
+    modes = planned(transfer, "experiment=diabetes_sex", "sweep=gp_modes")
+    assert len(modes) == 7 and modes[-1].endswith("method.mode=sequential method.guard=evidence")
+    ran = transfer("run", "-m", *FAST, "sweep=points", "sweep.points=['head.l2=0.01','method=coral head=ridge']")
+    assert ran.code == 0 and "2 runs: 2 finished, 0 failed" in ran.out, ran.err
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "outputs/runs").glob("*/*/config.yaml")]
+    assert sorted(config["method"]["name"] for config in configs) == ["coral", "no_adaptation"]
+    for wrong, said in (
+        (["sweep=points"], "sweep=points needs sweep.points, a list of settings"),
+        (["sweep.points=['seed=1']"], "sweep.points needs sweep=points"),
+        (["sweep=points", "sweep.points=['seed=1 sweep.n=3']"], "'seed=1 sweep.n=3' is about the whole sweep"),
+        (["sweep=points", "sweep.points=['seed=1']", "n=3"], "n=3 counts the points of a search"),
+    ):
+        outcome = transfer("plan", *FAST, *wrong)
+        assert outcome.code == 2 and said in outcome.err and len(outcome.err.splitlines()) == 1, outcome.err
+
+
 def test_quick_composition_is_that_of_hydra(transfer: Transfer) -> None:
     """Jobs that differ in values are not composed by Hydra one by one; their identities must be those of their runs."""
     outcome = transfer("plan", "method=dann,mcd", "sweep=random", "n=4", "seed=0,1", "backbone=lenet,resnet18")

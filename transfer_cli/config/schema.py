@@ -18,7 +18,7 @@ STORAGE = ("auto", "memory", "files", "decoded")
 CALIBRATIONS = ("none", "ts", "ts_map", "vector")
 CONFORMAL = ("none", "split", "weighted", "target")
 DOMAIN_BATCHES = ("joint", "separate", "domain_specific")
-SWEEPS = ("grid", "random", "optuna")
+SWEEPS = ("grid", "points", "random", "optuna")
 
 
 @dataclass
@@ -83,10 +83,11 @@ class Trainer:
 class Sweep:
     """How `-m` makes its runs; none of them knows."""
 
-    kind: str = "grid"  # grid | random | optuna; set by sweep=NAME
+    kind: str = "grid"  # grid | points | random | optuna; set by sweep=NAME
     n: int | None = None  # points of a search for each combination of the grid; also written n=20
     seed: int = 0  # of the points
     default: bool = True  # point 0 is the default configuration
+    points: list[str] = field(default_factory=list)  # of sweep=points: each the words of one setting
 
 
 @dataclass
@@ -240,7 +241,10 @@ def check_sweep(sweep: Sweep) -> None:
     """Raises:
     TransferError: naming what does not fit."""
     check_choice(sweep.kind, SWEEPS, "sweep.kind")
-    if sweep.kind == "grid" and sweep.n is not None:
+    if sweep.kind in ("grid", "points") and sweep.n is not None:
         raise TransferError(f"n={sweep.n} counts the points of a search: add sweep=random, or leave it out.")
     if sweep.n is not None and sweep.n < 1:
         raise TransferError(f"n is a number of points, at least 1; not {sweep.n}.")
+    if (sweep.kind == "points") != bool(sweep.points):
+        needs = "sweep=points needs sweep.points" if sweep.kind == "points" else "sweep.points needs sweep=points"
+        raise TransferError(f"{needs}, a list of settings as they would be typed: ['method.weight=0.1', ...].")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -132,7 +133,13 @@ def jobs_of(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader) 
     grid = BasicSweeper.split_arguments(words, None)[0]
     found: dict[tuple[str, ...], Job] = {}
     look = Look(composer)
-    points = [_points(job, sweep, composer) for job in grid] if sweep.kind == "random" else [[job] for job in grid]
+    if sweep.kind == "random":
+        points = [_points(job, sweep, composer) for job in grid]
+    elif sweep.kind == "points":
+        listed = _listed(sweep, composer)
+        points = [[[*job, *setting] for setting in listed] for job in grid]
+    else:
+        points = [[job] for job in grid]
     for number in range(max((len(of_job) for of_job in points), default=0)):
         for of_job in points:
             if number < len(of_job):
@@ -152,6 +159,21 @@ def is_sweep_word(key: str) -> bool:
 def _is_range(text: str) -> bool:
     """Whether an override narrows a range, which the run itself has no use for."""
     return any(text.lstrip("+~").startswith(f"{group}.search") for group in SEARCHED)
+
+
+def _listed(sweep: Sweep, composer: Composer) -> list[list[str]]:
+    """The settings of `sweep.points`, as words; one that has several values of a key is a grid of its own.
+
+    Raises:
+        TransferError: one of a word of the sweep's own.
+    """
+    found = []
+    for setting in sweep.points:
+        overrides = composer.parser.parse_overrides(shlex.split(setting))
+        if any(is_sweep_word(o.key_or_group) for o in overrides):
+            raise TransferError(f"sweep.points: '{setting}' is about the whole sweep, and no setting of a run.")
+        found += BasicSweeper.split_arguments(overrides, None)[0]
+    return found
 
 
 def _points(words: Sequence[str], sweep: Sweep, composer: Composer) -> list[list[str]]:
@@ -271,7 +293,7 @@ def launch(jobs: Sequence[Job], config: DictConfig, task: Any, launcher: Launche
 
     todo = [job for job in jobs if job.is_to_run()]
     before = sum(job.state == "finished" and not job.is_to_run() for job in jobs)
-    if config.sweep.kind == "random" or before:
+    if config.sweep.kind in ("points", "random") or before:
         known = f", {before} finished before" if before else ""
         print(f"a sweep of {len(jobs)} run{'s' * (len(jobs) != 1)}{known}: transfer plan tells more", flush=True)
     for job in jobs:
