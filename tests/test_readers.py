@@ -23,6 +23,7 @@ from scipy.sparse import csc_matrix
 from transfer_cli.data.domain import Domain, Part, Place
 from transfer_cli.data.inputs import ArrayInputs, ImageFiles
 from transfer_cli.data.readers.digits import DIGIT_NAMES
+from transfer_cli.data.readers.files import below_root
 from transfer_cli.errors import TransferError
 from transfer_cli.registry import component, keyword_schema
 
@@ -834,3 +835,19 @@ def test_digits_are_turned_anticlockwise() -> None:
     images = {reader: reader.load().train.inputs.values for reader in (plain, turned, quarter)}  # type: ignore[attr-defined]
     assert torch.equal(images[quarter], torch.rot90(images[plain], 1, (2, 3)))
     assert images[turned].dtype == torch.uint8 and not torch.equal(images[turned], images[plain])
+
+
+def test_a_file_that_is_not_below_the_root_lies_where_the_command_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, root = tmp_path / "here", tmp_path / "root"
+    for folder, names in ((here, ("mine.csv", "both.csv")), (root, ("both.csv", "theirs.csv"))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("1")
+    monkeypatch.chdir(here)
+    for name, folder in (("mine.csv", here), ("both.csv", root), ("theirs.csv", root), ("none.csv", root)):
+        assert below_root(Place(root), name, "data") == folder / name
+    assert below_root(Place(None), "mine.csv", "data") == here / "mine.csv"
+    with pytest.raises(TransferError, match="data needs a data folder"):
+        below_root(Place(None), "theirs.csv", "data")

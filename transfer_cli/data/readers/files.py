@@ -14,9 +14,13 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".ti
 
 
 def below_root(place: Place, path: str, name: str) -> Path:
-    """`path` as it is where absolute, else below the data root."""
+    """`path` as it is where absolute, else below the data root; what is not there may lie where the command was typed."""
     expanded = Path(path).expanduser()
-    return expanded if expanded.is_absolute() else place.require_root(name) / expanded
+    if expanded.is_absolute():
+        return expanded
+    if expanded.exists() and (place.root is None or not (place.root / expanded).exists()):
+        return expanded.resolve()
+    return place.require_root(name) / expanded
 
 
 Domains = list[str] | dict[str, str] | None
