@@ -306,6 +306,15 @@ def test_a_plugins_validator_chooses_as_before(transfer: Transfer) -> None:
     assert result["selection"]["score"] == max(look[f"{__name__}:own_score"] for look in events(done.run, "validators"))
 
 
+def no_score(view: View) -> float:
+    return math.nan
+
+
+def test_a_score_that_is_no_number_chooses_nothing(transfer: Transfer) -> None:
+    done = transfer("run", *SMALL, "method=source_only", f"selection={__name__}:no_score", f"plugins=[{__name__}]")
+    assert done.code == 2 and "no_score says nan, which chooses nothing" in done.err, done.err
+
+
 def test_names_of_scores_of_runs_are_no_names_of_these() -> None:
     assert not set(OF_RUNS) & set(VALIDATORS)
     with pytest.raises(TransferError, match="transfer validate"):

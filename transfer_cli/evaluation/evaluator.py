@@ -121,6 +121,8 @@ class Evaluator:
         chosen = {"last": 0.0, "oracle": oracle}.get(self.selection)
         if chosen is None:
             chosen = scores[self.selection]
+            if math.isnan(chosen):
+                raise TransferError(f"selection={self.selection} says nan, which chooses nothing.")
         return Look(chosen, oracle, scores, figures, (name, figures[name]))
 
     def _view(self, method: Predictor) -> View:
